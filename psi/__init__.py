@@ -1,0 +1,1 @@
+"""Which rows the parties share: private set intersection and its evidence."""

@@ -1,0 +1,1 @@
+"""Additively homomorphic schemes behind one small interface."""

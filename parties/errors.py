@@ -6,6 +6,9 @@ id, a label, a feature or a secret, because errors end up in logs and tickets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ColonnadeError(Exception):
     """Base of every error that a user meets. `kind` is all that an abort tells the peers."""
@@ -55,3 +58,12 @@ class PeerAborted(ColonnadeError):
         super().__init__(text, peer=peer)
         self.reason = reason
         self.exit_code = {Refused.kind: 3, ProtocolViolation.kind: 5}.get(reason, 4)
+
+
+@contextmanager
+def blame(peer: str) -> Iterator[None]:
+    """What `peer` sent was wrong: a ValueError about it becomes a ProtocolViolation that names the peer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ProtocolViolation(f"{peer}: {error}", peer=peer) from None

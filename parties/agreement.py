@@ -1,0 +1,221 @@
+"""The job that all parties sign: one TOML file, the same for all.
+
+Its canonical bytes are the JSON of its parsed values with sorted keys, so comments and layout do not matter and every
+default is spelt out in what is signed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from parties.errors import LocalError, Refused
+from parties.files import read_bytes
+from parties.identity import Identity, PublicIdentity
+
+Positive = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
+class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A party as all see it. `endpoint` is where it listens; empty: it only connects."""
+
+    name: str
+    role: Literal["label holder", "feature holder"]
+    public_key: str
+    endpoint: str = ""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(f"party name {self.name!r}: use up to 32 of a-z, 0-9, '-' and '_'")
+        PublicIdentity.parse(self.public_key)
+        if self.endpoint and not re.fullmatch(r"tcp://[^\s/]+:\d{1,5}", self.endpoint):
+            raise ValueError(f"endpoint of {self.name}: write tcp://host:port")
+
+    @property
+    def identity(self) -> PublicIdentity:
+        return PublicIdentity.parse(self.public_key)
+
+
+class Identifiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the ids are, and the rule that makes two spellings of one id equal."""
+
+    type: Annotated[str, Meta(min_length=1, max_length=64)] = "customer"
+    rule: str = "text/1"
+    duplicates: Literal["fail", "first", "last"] = "fail"
+    empty: Literal["fail", "drop"] = "fail"
+
+
+class Intersection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Caps of the private set intersection. Below `minimum` common rows nobody learns the exact number but the hub."""
+
+    suite: Literal["curve25519_XMD:SHA-512_ELL2_RO_"] = "curve25519_XMD:SHA-512_ELL2_RO_"
+    minimum: Count = 100
+    minimum_to_score: Count = 1
+    maximum_rows: Count = 1_000_000
+    decoys: Annotated[int, Meta(ge=64, le=65536)] = 64
+
+
+class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The model and every hyper-parameter. `C` as in scikit-learn: the inverse of the L2 penalty."""
+
+    kind: Literal["logistic regression"] = "logistic regression"
+    C: Positive = 1.0
+    fit_intercept: bool = True
+    standardise: bool = True
+    solver: Literal["lbfgs", "sgd"] = "lbfgs"
+    tolerance: Positive = 1e-6
+    max_exchanges: Count = 100
+    learning_rate: Positive = 0.1
+    batch_size: Count = 256
+    epochs: Count = 5
+    test_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    seed: Annotated[int, Meta(ge=0)] = 0
+    minimum_rows_off_mode: Annotated[int, Meta(ge=10)] = 10
+    allow_reconstruction: bool = False
+
+
+class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The additive scheme, its key length, and the fixed-point scales (fractional bits)."""
+
+    scheme: Literal["paillier"] = "paillier"
+    key_bits: Literal[2048, 3072, 4096] = 3072
+    feature_bits: Annotated[int, Meta(ge=8, le=30)] = 20
+    residual_bits: Annotated[int, Meta(ge=8, le=40)] = 30
+    embedding_bits: Annotated[int, Meta(ge=16, le=48)] = 40
+
+
+class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Seconds. See docs/operations.md."""
+
+    connect: Positive = 600.0
+    silence: Positive = 15.0
+    stall: Positive = 120.0
+    message: Positive = 3600.0
+
+
+class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """All that the parties agree on before any data is read."""
+
+    title: Annotated[str, Meta(min_length=1)]
+    purpose: Annotated[str, Meta(min_length=1)]
+    legal_basis: Annotated[str, Meta(min_length=1)]
+    expires: date
+    parties: Annotated[tuple[Party, ...], Meta(min_length=2, max_length=16)]
+    identifiers: Identifiers = Identifiers()
+    intersection: Intersection = Intersection()
+    model: Model = Model()
+    encryption: Encryption = Encryption()
+    deadlines: Deadlines = Deadlines()
+
+    def __post_init__(self) -> None:
+        for what in ("name", "public_key"):
+            if len({getattr(party, what) for party in self.parties}) < len(self.parties):
+                raise ValueError(f"two parties have the same {what}")
+        if sum(party.role == "label holder" for party in self.parties) != 1:
+            raise ValueError("exactly one party is the label holder")
+        if sum(not party.endpoint for party in self.parties) > 1:
+            raise ValueError("two parties without an endpoint cannot reach each other; give one of them an endpoint")
+        if any(isinstance(x, float) and not math.isfinite(x) for x in flatten(self).values()):
+            raise ValueError("a number is not finite")
+
+    @classmethod
+    def load(cls, path: Path) -> Agreement:
+        """Read an agreement file. Raises LocalError that names the field."""
+        agreement: Agreement = parse_toml(path, cls, "the agreement")
+        return agreement
+
+    @property
+    def canonical(self) -> bytes:
+        return msgspec.json.encode(self, order="sorted")
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(b"colonnade/agreement/1" + self.canonical).digest()
+
+    @property
+    def ring(self) -> tuple[Party, ...]:
+        """The label holder (the hub) first, then the feature holders in the agreement's order."""
+        return tuple(sorted(self.parties, key=lambda party: party.role != "label holder"))
+
+    @property
+    def feature_holders(self) -> int:
+        return len(self.parties) - 1
+
+    def party(self, name: str) -> Party:
+        for party in self.parties:
+            if party.name == name:
+                return party
+        raise LocalError(f"the agreement has no party named {name!r}")
+
+    def listens(self, name: str, peer: str) -> bool:
+        """Of two parties the earlier in the agreement that has an endpoint listens."""
+        first = next(party for party in self.parties if party.endpoint and party.name in (name, peer))
+        return first.name == name
+
+    def check_expiry(self, today: date | None = None) -> None:
+        """Raises Refused once the last day has passed (UTC)."""
+        if (today or datetime.now(UTC).date()) > self.expires:
+            raise Refused(f"the agreement expired on {self.expires}; agree on a new one")
+
+    def approve(self, identity: Identity) -> bytes:
+        return identity.sign("approval", self.digest)
+
+    def approved(self, name: str, signature: bytes) -> bool:
+        return self.party(name).identity.signed("approval", self.digest, signature)
+
+
+def flatten(agreement: Agreement | dict[str, Any]) -> dict[str, Any]:
+    """`{"model.C": 1.0, "parties.bank.role": ...}`: every field by its path."""
+    plain = msgspec.to_builtins(agreement)
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        elif isinstance(value, (list, tuple)):
+            for number, inner in enumerate(value):
+                name = inner.get("name", number) if isinstance(inner, dict) else number
+                walk(f"{prefix}.{name}", inner)
+        else:
+            flat[prefix] = value
+
+    walk("", plain)
+    return flat
+
+
+def differences(ours: Agreement, theirs: bytes) -> list[tuple[str, Any, Any]]:
+    """Field by field: path, our value, theirs (from canonical bytes); None where a side lacks it. Raises ValueError."""
+    try:
+        other = msgspec.json.decode(theirs)
+    except msgspec.MsgspecError:
+        raise ValueError("the agreement's text does not parse") from None
+    if not isinstance(other, dict):
+        raise ValueError("the agreement's text is not a table")
+    left, right = flatten(ours), flatten(other)
+    return [
+        (path, left.get(path), right.get(path))
+        for path in sorted(left.keys() | right.keys())
+        if left.get(path) != right.get(path)
+    ]
+
+
+def parse_toml(path: Path, type: Any, what: str) -> Any:
+    """A TOML file as `type`. Raises LocalError that names the file and the field."""
+    data = read_bytes(path, what)
+    try:
+        return msgspec.toml.decode(data, type=type)
+    except msgspec.ValidationError as error:
+        text = str(error).replace("$.", "").replace("`", "'")
+        raise LocalError(f"{path}: {text}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise LocalError(f"{path} is not valid TOML: {error}") from None

@@ -1,0 +1,102 @@
+"""What left this party: a hash-chained, signed record of every outbound message. JSON Lines, readable with `jq`.
+
+Every line but the first carries the SHA-256 of the line before it; the last one carries our signature over the chain,
+so a line that is changed, dropped or added later is seen by whoever holds our public key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from parties.errors import LocalError, Refused
+from parties.files import read_bytes
+from parties.identity import Identity, PublicIdentity
+
+_START = hashlib.sha256(b"colonnade/ledger/1").hexdigest()
+
+
+class Ledger:
+    """An append-only record. `allowed` are the message classes that the agreement and our policy let out."""
+
+    def __init__(self, owner: Identity, path: Path | None = None, allowed: frozenset[str] = frozenset()) -> None:
+        self._owner = owner
+        self._file: IO[bytes] | None = None
+        self.allowed = allowed
+        self.head = _START
+        self.entries = 0
+        self.bytes_sent: Counter[tuple[str, str]] = Counter()
+        if path is not None:
+            try:
+                self._file = path.open("wb")
+            except OSError as error:
+                raise LocalError(f"cannot write the ledger {path}: {error.strerror}") from None
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        entry = {"entry": self.entries, "time": datetime.now(UTC).isoformat(timespec="milliseconds")} | entry
+        line = json.dumps(entry | {"previous": self.head}, separators=(",", ":")).encode()
+        if self._file is not None:
+            try:
+                self._file.write(line + b"\n")
+                self._file.flush()
+            except OSError as error:
+                raise LocalError(f"cannot write the ledger: {error.strerror}; nothing is sent unrecorded") from None
+        self.head = hashlib.sha256(line).hexdigest()
+        self.entries += 1
+
+    def note(self, event: str, **facts: str | int | float) -> None:
+        """Record something that is not a message: the session's opening, a peer's countersignature."""
+        self._append({"event": event} | facts)
+
+    def record(self, to: str, kind: str, message_class: str, shape: tuple[int, ...], size: int, digest: bytes) -> None:
+        """Record a message before it is sent. Raises Refused when its class may not leave this party."""
+        if message_class not in self.allowed:
+            raise Refused(f"{kind} is {message_class}: neither the agreement nor our policy lets that out", peer=to)
+        self._append(
+            {
+                "to": to,
+                "kind": kind,
+                "class": message_class,
+                "shape": list(shape),
+                "bytes": size,
+                "digest": digest.hex(),
+            }
+        )
+        self.bytes_sent[to, kind] += size
+
+    def seal(self) -> None:
+        """Sign the chain and close the file."""
+        self.note("sealed", signature=self._owner.sign("ledger", bytes.fromhex(self.head)).hex())
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def check_ledger(path: Path, owner: PublicIdentity) -> dict[int, str]:
+    """Check chain and signature of a ledger file; the hash after each number of entries, from 1 on.
+
+    Raises:
+        LocalError: the chain is broken, or the file is not signed by `owner`; says at which line.
+    """
+    head, heads = _START, {0: _START}
+    sealed = False
+    for number, line in enumerate(read_bytes(path, "the ledger").splitlines()):
+        try:
+            entry = json.loads(line)
+            if sealed or entry["entry"] != number or entry["previous"] != head:
+                raise ValueError
+            if entry.get("event") == "sealed":
+                sealed = owner.signed("ledger", bytes.fromhex(head), bytes.fromhex(entry["signature"]))
+                if not sealed:
+                    raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise LocalError(f"{path}, line {number + 1}: the chain is broken here; the file was changed") from None
+        head = hashlib.sha256(line).hexdigest()
+        heads[number + 1] = head
+    if not sealed:
+        raise LocalError(f"{path} ends without a signature: the session did not finish, or lines were cut off")
+    return heads

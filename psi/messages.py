@@ -1,0 +1,129 @@
+"""The conversation of the private set intersection, in order. Arrays are split into parts of at most PART rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from parties.message import Array, Message, kind
+from psi.group import POINT_BYTES
+
+PART = 8192
+
+
+@kind(100, "control")
+@dataclass(frozen=True, eq=False)
+class SetSize(Message):
+    """1. How many points our set has, canaries and decoys included."""
+
+    points: int
+
+    def __post_init__(self) -> None:
+        if not 128 <= self.points < 2**32:
+            raise ValueError("a set holds at least its canaries and decoys")
+
+
+@kind(101, "masked", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class MaskedPoints(Message):
+    """2. Part of the set of party `owner` (its place in the ring), masked by everyone it has passed."""
+
+    owner: int
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.shape[1] != POINT_BYTES or not 1 <= len(self.data) <= PART:
+            raise ValueError("a part holds 1 to 8192 points of 32 bytes")
+
+
+@kind(102, "masked", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class Tokens(Message):
+    """3. Part of a fully masked set, hashed and cut, from its holder to the hub."""
+
+    owner: int
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.data) <= PART:
+            raise ValueError("a part holds 1 to 8192 tokens")
+
+
+@kind(103, "aggregate")
+@dataclass(frozen=True, eq=False)
+class IntersectionSize(Message):
+    """4. The hub's answer: rows in common, canaries taken off; -1 says only that it is below the agreed minimum."""
+
+    rows: int
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.rows < 2**32:
+            raise ValueError("not a size")
+
+
+@kind(104, "control")
+@dataclass(frozen=True, eq=False)
+class Gate(Message):
+    """4. Whether our policy lets the rows be revealed, given the size."""
+
+    open: bool
+
+
+@kind(105, "masked", "<u4", 1)
+@dataclass(frozen=True, eq=False)
+class Positions(Message):
+    """5. Part of the positions of the intersection in the set of `owner`, as it stood before the sender shuffled it."""
+
+    owner: int
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.data) <= PART * 8:
+            raise ValueError("a part holds 1 to 65536 positions")
+
+
+@kind(106, "masked", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class OrderPoint(Message):
+    """6. The hash of our row order as a curve point under a fresh scalar: it tells nothing to who lacks the order."""
+
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.shape != (POINT_BYTES,):
+            raise ValueError("one point of 32 bytes")
+
+
+@kind(107, "masked", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class OrderTag(Message):
+    """6. Proof that our order gave the same shared point."""
+
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.shape != (32,):
+            raise ValueError("a tag of 32 bytes")
+
+
+def parts(rows: Array, size: int = PART) -> Iterator[Array]:
+    """Slices of at most `size` rows."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def part_count(rows: int, size: int = PART) -> int:
+    return -(-rows // size)
+
+
+def whole(pieces: list[Array], rows: int, what: str) -> Array:
+    """The parts put together. Raises ValueError when their rows are not as many as announced."""
+    if sum(len(piece) for piece in pieces) != rows:
+        raise ValueError(f"{what}: {sum(len(piece) for piece in pieces)} rows where {rows} were announced")
+    return np.concatenate(pieces)

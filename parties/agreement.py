@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -211,11 +212,20 @@ def differences(ours: Agreement, theirs: bytes) -> list[tuple[str, Any, Any]]:
 
 def parse_toml(path: Path, type: Any, what: str) -> Any:
     """A TOML file as `type`. Raises LocalError that names the file and the field."""
+    return _parse(path, what, lambda data: msgspec.toml.decode(data, type=type), "TOML")
+
+
+def parse_json(path: Path, type: Any, what: str) -> Any:
+    """A JSON file as `type`. Raises LocalError that names the file and the field."""
+    return _parse(path, what, lambda data: msgspec.json.decode(data, type=type), "JSON")
+
+
+def _parse(path: Path, what: str, decode: Callable[[bytes], Any], form: str) -> Any:
     data = read_bytes(path, what)
     try:
-        return msgspec.toml.decode(data, type=type)
+        return decode(data)
     except msgspec.ValidationError as error:
         text = str(error).replace("$.", "").replace("`", "'")
         raise LocalError(f"{path}: {text}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise LocalError(f"{path} is not valid TOML: {error}") from None
+        raise LocalError(f"{path} is not valid {form}: {error}") from None

@@ -1,0 +1,156 @@
+"""The encrypted sockets: CURVE keys, the list of keys let in, and the probe that the list works.
+
+The handler of ZAP (https://rfc.zeromq.org/spec/27/) is our own, a REP socket answered by the thread that owns all the
+others: pyzmq's ThreadAuthenticator is one more thread with one more way to die, and decides per domain string.
+
+Two rules come from how libzmq behaves. ZAP_DOMAIN is not empty, because ZAP_ENFORCE_DOMAIN with an empty one bypasses
+the handler. ROUTER_HANDOVER stays off: a client may claim any routing id, also one of the form that the router itself
+gives out, and with handover it would take over the route of the peer that has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import zmq
+from zmq.utils import z85
+
+from parties.errors import LocalError
+from parties.identity import Identity
+
+DOMAIN = b"colonnade"
+_EVENTS = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+HANDSHAKE_FAILED = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+Socket = zmq.Socket[bytes]
+
+
+def transport_print(key: bytes) -> str:
+    """A short fingerprint of a CURVE key alone: all that a listening party sees of a stranger."""
+    digest = hashlib.sha256(b"colonnade/transport/1" + key).hexdigest()
+    return "-".join(digest[i : i + 4] for i in range(0, 16, 4))
+
+
+def user_id(key: bytes) -> str:
+    """What the handler calls the owner of a listed key; libzmq attaches it to every frame from that connection."""
+    return key.hex()
+
+
+class Gate:
+    """Answers, for every key that knocks, whether it is listed."""
+
+    def __init__(self, context: zmq.Context[Socket], listed: Iterable[bytes], log: Callable[[str], None]) -> None:
+        self._listed = frozenset(listed)
+        self._log = log
+        self._logged: set[bytes] = set()
+        self.refused = 0
+        self.probe = b""
+        self.socket = context.socket(zmq.REP)
+        self.socket.bind("inproc://zeromq.zap.01")
+
+    def answer(self) -> list[str]:
+        """Handle what waits; the user ids let in."""
+        admitted = []
+        while self.socket.poll(0):
+            version, request, domain, _, _, mechanism, *keys = [*self.socket.recv_multipart(), *[b""] * 6][:7]
+            key = keys[0]
+            listed = (version, domain, mechanism) == (b"1.0", DOMAIN, b"CURVE") and key in self._listed
+            verdict = [b"200", b"OK", user_id(key).encode()] if listed else [b"400", b"not listed", b""]
+            self.socket.send_multipart([b"1.0", request, *verdict, b""])
+            if listed:
+                admitted.append(user_id(key))
+            elif key != self.probe:
+                self._refuse(key)
+        return admitted
+
+    def _refuse(self, key: bytes) -> None:
+        self.refused += 1
+        if key not in self._logged and len(self._logged) < 16:
+            self._logged.add(key)
+            self._log(f"a connection with an unlisted key was refused (transport key {transport_print(key)})")
+
+
+def open_socket(
+    context: zmq.Context[Socket], kind: int, me: Identity, endpoint: str, frame: int, patience: float, silence: float
+) -> Socket:
+    """A CURVE socket with every limit and interval set, neither bound nor connected."""
+    socket = context.socket(kind)
+    socket.curve_publickey = me.public.curve_z85
+    socket.curve_secretkey = me.curve_secret_z85
+    seconds = {
+        zmq.HANDSHAKE_IVL: min(5.0, patience / 4),
+        zmq.CONNECT_TIMEOUT: min(5.0, patience / 2),
+        zmq.HEARTBEAT_IVL: min(2.0, silence / 4),
+        zmq.HEARTBEAT_TIMEOUT: silence,
+        zmq.HEARTBEAT_TTL: silence,
+        zmq.RECONNECT_IVL: 0.1,
+        zmq.RECONNECT_IVL_MAX: 2.0,
+    }
+    for option, value in seconds.items():
+        socket.setsockopt(option, max(1, round(value * 1000)))
+    plain = {
+        zmq.LINGER: 0,
+        zmq.SNDHWM: 64,
+        zmq.RCVHWM: 64,
+        zmq.MAXMSGSIZE: frame,
+        zmq.IPV6: int(endpoint.startswith("tcp://[")),  # else a name with both kinds of address is tried over one only
+    }
+    if kind == zmq.ROUTER:
+        plain |= {zmq.ROUTER_MANDATORY: 1, zmq.CURVE_SERVER: 1, zmq.ZAP_ENFORCE_DOMAIN: 1}
+        socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+    else:
+        plain[zmq.IMMEDIATE] = 1  # queue nothing for a connection that is not up: what is lost is sent again anyway
+    for option, number in plain.items():
+        socket.setsockopt(option, number)
+    return socket
+
+
+def watch(socket: Socket) -> Socket:
+    """The socket's monitor."""
+    monitor: Socket = socket.get_monitor_socket(_EVENTS)
+    return monitor
+
+
+def events(monitor: Socket) -> Iterator[int]:
+    """The events that wait."""
+    while monitor.poll(0):
+        yield struct.unpack("=hi", monitor.recv_multipart()[0])[0]
+
+
+def probe(endpoint: str, server: bytes, keys: tuple[bytes, bytes], within: float = 5.0) -> None:
+    """Knock at our own door with an unlisted key. Raises LocalError unless the handler refuses it.
+
+    A handler that does not answer at all refuses nobody either, as far as libzmq can tell, so only its "no" counts.
+    """
+    context: zmq.Context[Socket] = zmq.Context()
+    try:
+        socket = context.socket(zmq.DEALER)
+        socket.curve_publickey, socket.curve_secretkey = keys
+        socket.curve_serverkey = z85.encode(server)
+        socket.setsockopt(zmq.IPV6, int("[" in endpoint))
+        monitor = watch(socket)
+        socket.connect(endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]"))
+        deadline = time.monotonic() + within
+        while (left := deadline - time.monotonic()) > 0:
+            if monitor.poll(int(left * 1000) + 1):
+                for event in events(monitor):
+                    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                        return
+                    if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                        raise LocalError("the transport accepts unlisted keys; refusing to start: reinstall pyzmq")
+        raise LocalError(
+            f"the transport did not refuse an unlisted key within {within:.0f} s; refusing to start: "
+            "try again, then reinstall pyzmq"
+        )
+    finally:
+        context.destroy(linger=0)

@@ -1,0 +1,190 @@
+"""Messages in order, once, over connections that break: what is sent, acknowledged, received and consumed.
+
+Pure bookkeeping for one peer, without sockets, clocks or threads. Every frame begins with the same fixed part
+
+    version, kind, source, target, number, received, consumed, progress, length
+
+so that every frame acknowledges (`received` frames in order, `consumed` messages) and shows the progress of the
+sender's working loop. `source` and `target` are random numbers of the two running processes: a frame meant for an
+earlier run of ours is ignored, and a peer that starts again is noticed.
+
+    BEAT  nothing else
+    OPEN  a message's header and the first piece of its payload, which is `length` bytes long
+    MORE  its next piece
+    BYE   nothing follows
+
+OPEN, MORE and BYE are numbered from 1. The receiver takes number `received + 1` and ignores the rest; the sender goes
+back when told to. Pieces are small, so that on a slow line neither acknowledgements nor signs of life wait long behind
+data, and so that libzmq never has to hold a large frame of somebody who has yet to prove anything.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+from collections import deque
+from collections.abc import Sequence
+
+from parties.errors import LocalError, PeerLost, ProtocolViolation
+
+BEAT, OPEN, MORE, BYE = range(4)
+VERSION = 1
+FIXED = struct.Struct("!BB7Q")
+PIECE = 256 * 1024
+HEADER_LIMIT = 64 * 1024
+FRAME_LIMIT = PIECE + 1024  # on the wire, with what CURVE adds
+WINDOW = 16  # messages that the peer has not consumed
+FLIGHT = 16  # frames that the peer has not received
+_PARTS = {BEAT: 1, OPEN: 3, MORE: 2, BYE: 1}
+_Queued = tuple[int, int, tuple[bytes | memoryview, ...]]  # kind, length, parts
+
+
+class Delivery:
+    """Our side of the books with one peer."""
+
+    def __init__(self, peer: str, limit: int) -> None:
+        self.peer, self.limit = peer, limit
+        self.source = secrets.randbits(63) + 1
+        self.target = 0  # unknown until the peer is heard
+        self.progress = 0  # the peer's
+        self.closed = False  # the peer said goodbye
+        self.inbox: deque[tuple[bytes, bytes]] = deque()
+        self._out: deque[_Queued] = deque()  # not yet acknowledged; the first is number `acked + 1`
+        self._flown = 0  # how many of them are sent
+        self.acked = 0
+        self._highest = 0  # the highest number ever sent
+        self._sent = self._taken = 0  # messages: ours in all, and consumed by the peer
+        self.received = 0
+        self.consumed = 0
+        self._opened = 0  # messages begun by the peer
+        self._header = b""
+        self._pieces: list[bytes] = []
+        self._left = -1  # bytes of the current message yet to come; -1: between two messages
+
+    # ---- what we send
+
+    @property
+    def room(self) -> bool:
+        """Whether the window has room for one more message."""
+        return self._sent - self._taken < WINDOW
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the peer has yet to acknowledge something that is sent."""
+        return self._flown > 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the peer has received everything."""
+        return not self._out
+
+    def push(self, header: bytes, payload: bytes | memoryview) -> None:
+        """Queue one message. The payload is copied if it could still change."""
+        if len(header) > HEADER_LIMIT or len(payload) > self.limit:
+            raise LocalError(
+                f"a message to {self.peer} has {len(payload)} bytes, above the limit of {self.limit}; split it"
+            )
+        data = memoryview(bytes(payload))
+        self._out.append((OPEN, len(data), (header, data[:PIECE])))
+        self._out.extend((MORE, 0, (data[at : at + PIECE],)) for at in range(PIECE, len(data), PIECE))
+        self._sent += 1
+
+    def farewell(self) -> None:
+        """Queue the goodbye."""
+        self._out.append((BYE, 0, ()))
+
+    def rewind(self) -> None:
+        """Send again from the first unacknowledged frame."""
+        self._flown = 0
+
+    def due(self, progress: int) -> list[bytes | memoryview] | None:
+        """The next frame to send, if any may go now; `gone()` confirms that it went."""
+        if self._flown >= min(FLIGHT, len(self._out)) or not self.target:
+            return None
+        kind, length, parts = self._out[self._flown]
+        return [self._fixed(kind, self.acked + self._flown + 1, length, progress), *parts]
+
+    def gone(self) -> None:
+        self._flown += 1
+        self._highest = max(self._highest, self.acked + self._flown)
+
+    def beat(self, progress: int) -> list[bytes | memoryview]:
+        return [self._fixed(BEAT, 0, 0, progress)]
+
+    def _fixed(self, kind: int, number: int, length: int, progress: int) -> bytes:
+        return FIXED.pack(
+            VERSION, kind, self.source, self.target, number, self.received, self.consumed, progress, length
+        )
+
+    # ---- what we receive
+
+    def take(self) -> tuple[bytes, bytes]:
+        """The next message, which must be there."""
+        self.consumed += 1
+        return self.inbox.popleft()
+
+    def accept(self, parts: Sequence[bytes]) -> bool:
+        """Book one frame; False when it is meant for an earlier run of ours. Raises ProtocolViolation or PeerLost."""
+        if not parts or len(parts[0]) != FIXED.size:
+            raise self._violation("a frame of the wrong form")
+        version, kind, source, target, number, received, consumed, progress, length = FIXED.unpack(parts[0])
+        if version != VERSION:
+            raise self._violation(f"version {version} of the transport, ours is {VERSION}")
+        if len(parts) != _PARTS.get(kind) or source == 0:
+            raise self._violation("a frame of the wrong form")
+        if target not in (0, self.source):
+            return False
+        if self.target not in (0, source):
+            raise PeerLost(
+                f"{self.peer} was started again in the middle of the run; start all parties again", peer=self.peer
+            )
+        if received > self._highest or consumed > self._sent:
+            raise self._violation("an acknowledgement of what was never sent")
+        self.target = source
+        self.progress = max(self.progress, progress)
+        self._acknowledge(received, consumed)
+        if kind == BEAT:
+            if number or length:
+                raise self._violation("a frame of the wrong form")
+        elif not target or not number:
+            raise self._violation("a frame of the wrong form")
+        elif number > self.received + FLIGHT:
+            raise self._violation("more than the window allows")
+        elif number == self.received + 1:
+            self._book(kind, length, parts)
+            self.received = number
+        return True
+
+    def _acknowledge(self, received: int, consumed: int) -> None:
+        for _ in range(received - self.acked):
+            self._out.popleft()
+            self._flown = max(0, self._flown - 1)
+        self.acked = max(self.acked, received)
+        self._taken = max(self._taken, consumed)
+
+    def _book(self, kind: int, length: int, parts: Sequence[bytes]) -> None:
+        if self.closed or (self._left >= 0) != (kind == MORE):
+            raise self._violation("a frame out of place")
+        if kind == BYE:
+            self.closed = True
+            return
+        if kind == OPEN:
+            self._opened += 1
+            if self._opened - self.consumed > WINDOW:
+                raise self._violation("more than the window allows")
+            if length > self.limit or len(parts[1]) > HEADER_LIMIT:
+                raise self._violation(f"a message above the limit of {self.limit} bytes")
+            self._header, self._left = parts[1], length
+        piece = parts[-1]
+        if len(piece) != min(PIECE, self._left):
+            raise self._violation("a piece of the wrong length")
+        self._pieces.append(piece)
+        self._left -= len(piece)
+        if self._left == 0:
+            self.inbox.append((self._header, b"".join(self._pieces)))
+            self._pieces, self._left = [], -1
+
+    def _violation(self, what: str) -> ProtocolViolation:
+        return ProtocolViolation(
+            f"{self.peer} sent {what}; make sure that it runs the same version of Colonnade", peer=self.peer
+        )

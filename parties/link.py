@@ -1,0 +1,170 @@
+"""One peer as the two threads see it: the role's, which sends, receives and waits, and the post's, which judges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from parties.curve import Socket
+from parties.delivery import Delivery
+from parties.errors import ColonnadeError, LocalError, PeerLost, Refused
+from parties.identity import PublicIdentity
+
+if TYPE_CHECKING:
+    from parties.zeromq import Post
+
+TURN = 0.2  # seconds between two looks at the clock
+RESEND = 3.0  # seconds in which something sent must be acknowledged; doubled up to ten times that
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A party that we talk to. `endpoint` is the tcp://host:port to connect to, or None when it connects to us."""
+
+    name: str
+    public: PublicIdentity
+    endpoint: str | None
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Seconds. `silence` and `stall` begin once the peer has come; `stall` runs only while we wait for it."""
+
+    connect: float = 600.0  # for a peer to come at all: people start at different times
+    silence: float = 15.0  # no frame at all
+    stall: float = 120.0  # frames, but no progress of the peer's working loop
+    handshake: float = 20.0  # connections that never become a conversation
+    flush: float = 10.0  # at close, for what is not yet acknowledged
+
+
+class Link:
+    """Messages to and from one peer. `send` and `receive` are for one thread, the role's."""
+
+    def __init__(self, post: Post, peer: Peer, limit: int) -> None:
+        now = time.monotonic()
+        self.name, self.peer = peer.name, peer
+        self._post = post
+        self.books = Delivery(peer.name, limit)
+        self.failure: ColonnadeError | None = None
+        self.socket: Socket | None = None  # the post's router, or our own dealer
+        self.monitor: Socket | None = None  # a dealer's
+        self.route: list[bytes] | None = None  # what to put before a frame; None while there is no connection
+        self.came: float | None = None  # when the peer's key was first accepted, or its server accepted ours
+        self.born = self.heard = self.progressed = self.acknowledged = now
+        self.refusing: float | None = None  # since when every handshake fails
+        self.awaited: float | None = None  # since when the role waits for this peer
+        self.next_beat = 0.0
+        self.resend = RESEND
+        self.told = (0, 0)  # the counts that the peer was last told
+
+    def send(self, header: bytes, payload: bytes | memoryview, timeout: float) -> None:
+        """Leave a message with the post; waits while the peer has 16 unconsumed ones."""
+        with self._post.changed:
+            self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
+            self.books.push(header, payload)
+        self._post.wake()
+
+    def receive(self, timeout: float) -> tuple[bytes, bytes]:
+        """The next header and payload. What a peer sent before it left is still delivered."""
+        with self._post.changed:
+            self._wait(lambda: bool(self.books.inbox), timeout, "sent nothing")
+            message = self.books.take()
+        self._post.wake()
+        return message
+
+    def ready(self, timeout: float) -> None:
+        """Wait until the peer is there."""
+        with self._post.changed:
+            self._wait(lambda: bool(self.books.target), timeout, "did not come")
+
+    def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
+        """Waiting is progress: whoever waits for another is alive. Short waits, so that Ctrl-C works."""
+        deadline = time.monotonic() + timeout
+        self.awaited = time.monotonic()
+        try:
+            while True:
+                self._post.tick()
+                if self._post.closing is not None:
+                    raise LocalError("the transport is closed")
+                if self.failure is not None:
+                    raise type(self.failure)(*self.failure.args, peer=self.name)
+                if done():
+                    return
+                if self.books.closed:
+                    raise PeerLost(
+                        f"{self.name} closed the connection; see its own message for the reason", peer=self.name
+                    )
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise PeerLost(
+                        f"{self.name} {what} within {timeout:.0f} s; ask whether it is running", peer=self.name
+                    )
+                self._post.changed.wait(min(TURN, left))
+        finally:
+            self.awaited = None
+
+    # ---- for the post, which holds the lock
+
+    def connected(self) -> None:
+        """A new connection: send again what may be lost with the old one, and begin by showing ourselves."""
+        self.books.rewind()
+        self.refusing, self.next_beat, self.resend = None, 0.0, RESEND
+
+    def greet(self, now: float) -> None:
+        """The peer's key is accepted for the first time: from here on it must be heard."""
+        if self.came is None:
+            self.came = self.heard = now
+
+    def accept(self, parts: list[bytes], now: float) -> None:
+        """One frame of this peer's."""
+        before = self.books.acked, self.books.progress
+        if not self.books.accept(parts):
+            if not self.books.target:  # it speaks to an earlier run of ours, learns so from our beat, and may return
+                self.came, self.born = None, now
+            return
+        self.greet(now)
+        self.heard = now
+        if self.books.acked != before[0]:
+            self.acknowledged, self.resend = now, RESEND
+        if self.books.progress != before[1]:
+            self.progressed = now
+
+    def forgive(self, slept: float) -> None:
+        """We were stopped or starved ourselves: that is no peer's silence."""
+        self.heard += slept
+        self.progressed += slept
+        self.acknowledged += slept
+        if self.awaited is not None:
+            self.awaited += slept
+
+    def judge(self, now: float, patience: Patience, strangers: str) -> ColonnadeError | None:
+        """What is wrong with this peer by now."""
+        where = self.peer.endpoint
+        if self.refusing is not None and now - self.refusing > patience.handshake / 2:
+            return self.refused(
+                f"no handshake with {self.name} at {where} succeeds: it has another key than {self.fingerprints()}, or "
+                "it is another program; compare the fingerprints"
+            )
+        if self.came is None:
+            if now - self.born <= patience.connect:
+                return None
+            place = f"nobody answers at {where}" if where else f"it never connected to {self._post.endpoint}{strangers}"
+            text = f"{self.name} did not come within {patience.connect:.0f} s: {place}; ask whether it is running"
+        elif now - self.heard > patience.silence:
+            text = f"{self.name} has been silent for {patience.silence:.0f} s; ask whether it and the network still run"
+        elif self.awaited is not None and now - max(self.awaited, self.progressed) > patience.stall:
+            text = (
+                f"{self.name} is connected but has made no progress for {patience.stall:.0f} s; "
+                "ask whether its program hangs"
+            )
+        else:
+            return None
+        return PeerLost(text, peer=self.name)
+
+    def refused(self, text: str) -> Refused:
+        return Refused(text, peer=self.name)
+
+    def fingerprints(self) -> str:
+        return f"the agreed {self.peer.public.fingerprint} (ours is {self._post.me.public.fingerprint})"

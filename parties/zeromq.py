@@ -1,0 +1,336 @@
+"""The real Link: encrypted, authenticated, alive or in error; never silent.
+
+One background thread, the post, owns every socket (ZeroMQ's are not thread-safe) and judges the peers; the role's
+thread leaves messages with it, takes messages from it, and shows by `tick()` that it is at work. Each pair is one
+DEALER, which connects, and one ROUTER, which listens for all peers that connect. Who a peer is comes from the CURVE key
+of its connection, never from what it says.
+
+A role must not hold Python's interpreter lock for longer than `Patience.silence`: the post could not beat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket as sockets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import zmq
+from zmq.utils import z85
+
+from parties import curve
+from parties.delivery import FRAME_LIMIT
+from parties.errors import ColonnadeError, LocalError, ProtocolViolation
+from parties.identity import Identity
+from parties.link import RESEND, TURN, Link, Patience, Peer
+
+__all__ = ["Link", "Patience", "Peer", "Post"]
+
+_USUAL = Patience()
+_LOG = logging.getLogger("colonnade")
+_LINGER = 200  # milliseconds for the last acknowledgement to leave the machine
+_BURST = 64  # frames taken from one socket before the others have their turn
+
+
+class Post:
+    """Links to all peers. Listens before it returns; raises LocalError when it cannot.
+
+    `listen` and the peers' endpoints are tcp://host:port. Addresses are of IPv4 unless written in brackets;
+    tcp://[::]:port listens for both. `frame_limit` bounds the payload of one message.
+    """
+
+    def __init__(
+        self,
+        me: Identity,
+        peers: Sequence[Peer],
+        *,
+        listen: str | None,
+        patience: Patience = _USUAL,
+        frame_limit: int = 64 << 20,
+        log: Callable[[str], None] = _LOG.warning,
+    ) -> None:
+        self.me, self.patience = me, patience
+        self.changed = threading.Condition()
+        self.endpoint: str | None = None
+        self._log = log
+        self._progress = 1
+        self.closing: float | None = None
+        self._claimed = self._failed_handshakes = 0
+        self._links = {peer.name: Link(self, peer, frame_limit) for peer in peers}
+        coming = [link for link in self._links.values() if link.peer.endpoint is None]
+        self._by_user = {curve.user_id(link.peer.public.curve): link for link in coming}
+        if len({peer.public.curve for peer in peers} | {me.public.curve}) <= len(peers) or len(self._links) < len(
+            peers
+        ):
+            raise LocalError("two parties have the same name or key; every party needs its own")
+        if coming and listen is None:
+            raise LocalError(f"{coming[0].name} connects to us, but we have no endpoint to listen on; set one")
+        self._context: zmq.Context[curve.Socket] = zmq.Context()
+        self._bell, self._hook = sockets.socketpair()
+        self._bell.setblocking(False)
+        self._hook.setblocking(False)
+        self._router: curve.Socket | None = None
+        self._router_monitor: curve.Socket | None = None
+        self._gate = curve.Gate(self._context, (link.peer.public.curve for link in coming), log)
+        self._thread = threading.Thread(target=self._run, name=f"post of {me.name}", daemon=True)
+        try:
+            if listen is not None:
+                self._listen(listen)
+            for link in self._links.values():
+                if link.peer.endpoint is None:
+                    link.socket = self._router
+                else:
+                    self._connect(link, link.peer.endpoint)
+        except BaseException:
+            self._release(0)
+            raise
+        self._thread.start()
+        try:
+            if self.endpoint is not None:
+                public, secret = zmq.curve_keypair()
+                self._gate.probe = z85.decode(public)
+                curve.probe(self.endpoint, me.public.curve, (public, secret))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, kind: int, endpoint: str) -> curve.Socket:
+        if not endpoint.startswith("tcp://"):
+            raise LocalError(f"{endpoint} is not an endpoint; write tcp://host:port")
+        patience = self.patience
+        return curve.open_socket(
+            self._context, kind, self.me, endpoint, FRAME_LIMIT, patience.handshake, patience.silence
+        )
+
+    def _listen(self, endpoint: str) -> None:
+        self._router = self._open(zmq.ROUTER, endpoint)
+        self._router_monitor = curve.watch(self._router)
+        try:
+            self._router.bind(endpoint)
+        except zmq.ZMQError as error:
+            remedy = {
+                errno.EADDRINUSE: "another program has this port: stop it or choose another port",
+                errno.EINVAL: "write tcp://host:port",
+                errno.ENODEV: "this machine has no such address: use one of its own, or tcp://*:port",
+                errno.EADDRNOTAVAIL: "this machine has no such address: use one of its own, or tcp://*:port",
+            }.get(error.errno or 0, "choose another address or port")
+            raise LocalError(f"cannot listen on {endpoint} ({zmq.strerror(error.errno or 0)}); {remedy}") from None
+        self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def _connect(self, link: Link, endpoint: str) -> None:
+        link.socket = self._open(zmq.DEALER, endpoint)
+        link.socket.curve_serverkey = link.peer.public.curve_z85
+        link.monitor = curve.watch(link.socket)
+        try:
+            link.socket.connect(endpoint)
+        except zmq.ZMQError:
+            raise LocalError(f"{endpoint} of {link.name} is not an endpoint; write tcp://host:port") from None
+
+    def link(self, name: str) -> Link:
+        return self._links[name]
+
+    def tick(self) -> None:
+        """The working loop is alive. Cheap: call it in every step that may take seconds."""
+        self._progress += 1
+
+    def wake(self) -> None:
+        """Make the post look at once."""
+        with contextlib.suppress(OSError):  # it is awake anyway, or gone
+            self._bell.send(b"\0")
+
+    def close(self) -> None:
+        """Send what is left, say goodbye, release everything."""
+        with self.changed:
+            if self.closing is None:
+                self.closing = time.monotonic()
+                for link in self._links.values():
+                    link.books.farewell()
+        self.wake()
+        while self._thread.is_alive():
+            self._thread.join(TURN)
+
+    def __enter__(self) -> Post:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- the post's own thread
+
+    def _run(self) -> None:
+        problem = "the transport is closed"
+        try:
+            poller = zmq.Poller()
+            poller.register(self._hook.fileno(), zmq.POLLIN)
+            dealers = [s for link in self._links.values() for s in (link.socket, link.monitor) if link.monitor]
+            for socket in [self._gate.socket, self._router, self._router_monitor, *dealers]:
+                if socket is not None:
+                    poller.register(socket, zmq.POLLIN)
+            turned = time.monotonic()
+            while not self._finished():
+                poller.poll(int(TURN * 1000))
+                with self.changed:
+                    slept = time.monotonic() - turned - 1.0
+                    if slept > 0:
+                        for link in self._links.values():
+                            link.forgive(slept)
+                    self._turn()
+                    self.changed.notify_all()
+                turned = time.monotonic()
+        except BaseException as bug:
+            problem = f"the transport stopped on an internal error ({type(bug).__name__}); please report it"
+            self._log(problem)
+        with self.changed:
+            for link in self._links.values():
+                link.failure = link.failure or LocalError(problem)
+            self.changed.notify_all()
+        self._release(_LINGER)
+
+    def _release(self, linger: int) -> None:
+        self._context.destroy(linger)
+        self._bell.close()
+        self._hook.close()
+
+    def _finished(self) -> bool:
+        """When closing: whether nobody is left who could still acknowledge."""
+        with self.changed:
+            return self.closing is not None and (
+                time.monotonic() - self.closing > self.patience.flush
+                or all(
+                    link.failure or link.books.closed or link.books.settled or not link.books.target
+                    for link in self._links.values()
+                )
+            )
+
+    def _turn(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._hook.recv(4096)
+        for user in self._gate.answer():
+            self._by_user[user].greet(time.monotonic())
+        if self._router is not None and self._router_monitor is not None:
+            for event in curve.events(self._router_monitor):
+                self._failed_handshakes += bool(event & curve.HANDSHAKE_FAILED)
+            self._collect(self._router, None)
+        for link in self._links.values():
+            if link.monitor is not None:
+                self._observe(link, link.monitor)
+                assert link.socket is not None
+                self._collect(link.socket, link)
+        now = time.monotonic()
+        for link in self._links.values():
+            if link.failure is None and not link.books.closed:
+                self._fail(link, link.judge(now, self.patience, self._strangers()))
+            self._deliver(link, now)
+
+    def _strangers(self) -> str:
+        return (
+            f" ({self._gate.refused} connections with unlisted keys were refused and {self._failed_handshakes} "
+            "handshakes failed: is the agreed key the one it uses?)"
+            if self._gate.refused or self._failed_handshakes
+            else ""
+        )
+
+    def _fail(self, link: Link, error: ColonnadeError | None) -> None:
+        if error is not None and link.failure is None:
+            link.failure = error
+            link.books.inbox.clear()
+
+    def _observe(self, link: Link, monitor: curve.Socket) -> None:
+        """What happened to a connection of ours."""
+        for event in curve.events(monitor):
+            now = time.monotonic()
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                link.route = []
+                link.greet(now)
+                link.connected()
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                ours = self.me.public
+                self._fail(
+                    link,
+                    link.refused(
+                        f"{link.name} does not list our key {ours.fingerprint} (transport key "
+                        f"{curve.transport_print(ours.curve)}) among those that connect to it; compare the agreements"
+                    ),
+                )
+            elif event & curve.HANDSHAKE_FAILED:
+                link.refusing = link.refusing or now
+            elif event == zmq.EVENT_CLOSED:  # nobody listens there: perhaps not yet
+                link.refusing = None
+            elif event == zmq.EVENT_DISCONNECTED:
+                link.route = None
+
+    def _collect(self, socket: curve.Socket, link: Link | None) -> None:
+        """Take the frames that wait, a dealer's for its `link`, the router's for whom their key says."""
+        for _ in range(_BURST):
+            try:
+                frames = [socket.recv(zmq.NOBLOCK, copy=False)]
+            except zmq.Again:
+                return
+            while frames[-1].more:
+                frame = socket.recv(zmq.NOBLOCK, copy=False)
+                frames = [*frames[:4], frame]  # no message of ours has more
+            sender = link or self._sender(frames)
+            if sender is not None and sender.failure is None:
+                parts = [frame.bytes for frame in (frames if link else frames[1:])]
+                try:
+                    sender.accept(parts, time.monotonic())
+                except ColonnadeError as error:
+                    self._fail(sender, error)
+                except Exception as error:
+                    text = f"{sender.name} sent a frame that could not be read ({type(error).__name__})"
+                    self._fail(sender, ProtocolViolation(text, peer=sender.name))
+
+    def _sender(self, frames: list[zmq.Frame]) -> Link | None:
+        """Whose frames these are, by the key of the connection; its newest connection is the way back."""
+        route = frames[0].bytes
+        try:
+            link = self._by_user[str(frames[-1].get("User-Id"))]
+        except (KeyError, zmq.ZMQError):
+            return None
+        if len(route) != 5 or route[0]:  # chosen by the peer: ours come from the router and begin with a zero byte
+            self._claimed += 1
+            if self._claimed == 1:
+                self._log(f"{link.name} claims a routing id; its frames are ignored")
+            return None
+        newest = link.route and int.from_bytes(link.route[0][1:])
+        if not newest or 0 < (int.from_bytes(route[1:]) - newest) % 2**32 < 2**31:
+            link.route = [route]
+            link.connected()
+        return link
+
+    def _deliver(self, link: Link, now: float) -> None:
+        """Send what is due, and at least a beat when the peer does not know our counts or has not heard us lately."""
+        books = link.books
+        if books.waiting and now - link.acknowledged > link.resend:
+            books.rewind()
+            link.acknowledged, link.resend = now, min(2 * link.resend, 10 * RESEND)
+        while frame := books.due(self._progress):
+            if not books.waiting:
+                link.acknowledged = now
+            if not self._put(link, frame, now):
+                break
+            books.gone()
+        if (books.received, books.consumed) != link.told or now >= link.next_beat:
+            self._put(link, books.beat(self._progress), now)
+
+    def _put(self, link: Link, frame: list[bytes | memoryview], now: float) -> bool:
+        if link.route is None or link.socket is None or link.failure is not None:
+            return False
+        try:
+            link.socket.send_multipart([*link.route, *frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            link.route = None
+            return False
+        link.told = (link.books.received, link.books.consumed)
+        link.next_beat = now + min(2.0, self.patience.silence / 4)
+        return True

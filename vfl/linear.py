@@ -1,0 +1,342 @@
+"""Linear models over the columns of several parties, with scikit-learn's contract at each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.validation import check_is_fitted
+
+from parties.agreement import parse_json
+from parties.errors import LocalError, ProtocolViolation, Refused
+from parties.files import write_whole
+from parties.session import Session
+from vfl import lbfgs, sgd
+from vfl.encryption.paillier import SecretKey
+from vfl.exchange import Scales, accept_key, offer_key
+from vfl.lbfgs import Limits, Matrix, Result
+from vfl.losses import Vector
+from vfl.messages import Plan
+from vfl.secure_sum import Contribution, sum_embeddings
+
+log = logging.getLogger("colonnade")
+
+
+class ModelShare(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One party's part of a model on disk (JSON). Shares of one model have the same `training`, its session."""
+
+    colonnade_model: int
+    party: str
+    training: str
+    agreement: str
+    params: dict[str, float | int | bool | str]
+    features: list[str]
+    coef: list[float]
+    intercept: float
+    classes: list[float | int | str]
+    exchanges: int
+    converged: bool
+    scaler: dict[str, list[float]] | None = None
+
+
+class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Binary logistic regression with L2 penalty on columns that several parties hold: the model that scikit-learn's
+    `LogisticRegression(C=C)` finds on the joined table.
+
+    Every party calls `fit` with its own columns of the aligned rows, in the same order; the label holder alone gives y.
+
+    Parameters:
+        C: inverse of the L2 penalty, as in scikit-learn.
+        fit_intercept: the intercept belongs to the label holder and is not penalised.
+        solver: "lbfgs" (full batch, to the optimum) or "sgd" (mini-batches).
+        tol: lbfgs stops when the 2-norm of the gradient of F / (C n) is at most this.
+        max_iter: the most encrypted exchanges of lbfgs, or the epochs of sgd.
+        learning_rate, batch_size, random_state: sgd only; random_state is shared, it is no secret.
+        minimum_rows_off_mode: a column with fewer rows that differ from its most frequent value is refused: its
+            gradient would give those rows' residuals, hence labels, to its own holder.
+        allow_reconstruction: with one feature holder, go beyond as many exchanges as it has columns, although the label
+            holder can then rebuild these columns up to a linear map.
+
+    Attributes:
+        coef_ (1, d) for our d columns; intercept_ (1,), zero but at the label holder; n_iter_ exchanges; converged_;
+        feature_names_in_; classes_ (label holder); training_ the session's id in hex; alone_ (label holder) the
+        scikit-learn model of its own columns from which training started; objective_, gradient_norm_ (label holder).
+    """
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        fit_intercept: bool = True,
+        solver: str = "lbfgs",
+        tol: float = 1e-6,
+        max_iter: int = 100,
+        learning_rate: float = 0.1,
+        batch_size: int = 256,
+        random_state: int = 0,
+        minimum_rows_off_mode: int = 10,
+        allow_reconstruction: bool = False,
+    ) -> None:
+        self.C = C
+        self.fit_intercept = fit_intercept
+        self.solver = solver
+        self.tol = tol
+        self.max_iter = max_iter
+        self.learning_rate = learning_rate
+        self.batch_size = batch_size
+        self.random_state = random_state
+        self.minimum_rows_off_mode = minimum_rows_off_mode
+        self.allow_reconstruction = allow_reconstruction
+
+    def fit(
+        self, X: pd.DataFrame | Matrix, y: Any = None, *, session: Session, secret: SecretKey | None = None
+    ) -> VerticalLogisticRegression:
+        """Train with every other party of the session. X (n, d) float, rows aligned; y (n,) at the label holder only.
+
+        `secret` replays a key pair in tests.
+
+        Reveals:
+            To the label holder: numbers of columns; per exchange, the sum over the feature holders of their embeddings
+            (one feature holder: its own) and of scalar products of the solver's history.
+            To a feature holder: its own aggregate gradient, d numbers an exchange, and the solver's coefficients.
+        Raises:
+            LocalError: input that cannot be trained on, before anything is sent. Refused, PeerLost,
+            ProtocolViolation: see the errors.
+        """
+        x, names = _matrix(X)
+        self._check_parameters()
+        if session.is_label_holder != (y is not None):
+            raise LocalError("the label holder gives y, feature holders give None")
+        labels = _labels(y, len(x)) if y is not None else None
+        if y is None:
+            self._check_columns(session, x, names)
+        plans = self._agree(session, "fit", x)
+        columns = {name: plan.columns for name, plan in plans.items()}
+        scales = Scales.of(session.agreement, len(x))
+        limits = self._limits(session, columns, x)
+        if labels is not None:
+            self.classes_, coded = labels
+            result = self._fit_label_holder(session, x, coded, limits, columns, scales, secret)
+        else:
+            result = self._fit_feature_holder(session, x, limits, scales)
+        intercept = session.is_label_holder and self.fit_intercept
+        self.coef_ = result.weights[np.newaxis, : x.shape[1]]
+        self.intercept_ = result.weights[-1:] if intercept else np.zeros(1)
+        self.n_iter_, self.converged_ = result.exchanges, result.converged
+        self.objective_, self.gradient_norm_ = result.objective, result.gradient_norm
+        self.n_features_in_, self.feature_names_in_ = x.shape[1], np.array(names, dtype=object)
+        self.training_, self.agreement_, self.party_ = session.id.hex(), session.agreement.digest.hex(), session.name
+        return self
+
+    def _fit_label_holder(
+        self,
+        session: Session,
+        x: Matrix,
+        y: Vector,
+        limits: Limits,
+        columns: dict[str, int],
+        scales: Scales,
+        secret: SecretKey | None,
+    ) -> Result:
+        self.alone_ = LogisticRegression(C=self.C, fit_intercept=self.fit_intercept, max_iter=1000).fit(x, y)
+        start = self.alone_.coef_[0]
+        free = np.zeros(x.shape[1])
+        if self.fit_intercept:
+            x, start = np.column_stack([x, np.ones(len(x))]), np.append(start, self.alone_.intercept_)
+            free = np.append(free, 1.0)
+        secret = offer_key(session, secret)
+        penalty = 1 / (self.C * len(y))
+        if self.solver == "lbfgs":
+            return lbfgs.label_holder(session, x, y, start, free, penalty, limits, columns, scales, secret)
+        plan = sgd.batches(len(y), self.batch_size, self.max_iter, self.random_state)[: limits.exchanges]
+        return sgd.label_holder(
+            session, x, y, start, penalty * (1 - free), self.learning_rate, plan, columns, scales, secret
+        )
+
+    def _fit_feature_holder(self, session: Session, x: Matrix, limits: Limits, scales: Scales) -> Result:
+        fixed = scales.features(x)
+        public = accept_key(session)
+        contribution = Contribution(session)
+        penalty = 1 / (self.C * len(x))
+        if self.solver == "lbfgs":
+            return lbfgs.feature_holder(session, fixed, penalty, limits, scales, public, contribution)
+        plan = sgd.batches(len(x), self.batch_size, self.max_iter, self.random_state)[: limits.exchanges]
+        return sgd.feature_holder(session, fixed, penalty, self.learning_rate, plan, scales, public, contribution)
+
+    def decision_function(self, X: pd.DataFrame | Matrix, *, session: Session) -> Vector | None:
+        """Scores (n,) at the label holder, None at a feature holder: every party calls it with its columns of the rows.
+
+        Reveals:
+            To the label holder: per row, the sum over the feature holders of their partial embeddings; with one, its
+            own. To a feature holder: nothing but the number of rows.
+        """
+        check_is_fitted(self)
+        x, names = _matrix(X)
+        if names != list(self.feature_names_in_):
+            raise LocalError(f"the model wants the columns {', '.join(self.feature_names_in_)}, in this order")
+        self._agree(session, f"score {self.training_}", x)
+        if not session.is_label_holder:
+            Contribution(session).send_embedding(x @ self.coef_[0], 0)
+            return None
+        ours: Vector = x @ self.coef_[0] + self.intercept_[0]
+        return ours + sum_embeddings(session, len(x), 0)
+
+    def predict_proba(self, X: pd.DataFrame | Matrix, *, session: Session) -> Matrix | None:
+        """(n, 2) at the label holder, None at a feature holder. Reveals what `decision_function` does."""
+        scores = self.decision_function(X, session=session)
+        if scores is None:
+            return None
+        positive = 1 / (1 + np.exp(-np.clip(scores, -700, 700)))
+        return np.column_stack([1 - positive, positive])
+
+    def predict(self, X: pd.DataFrame | Matrix, *, session: Session) -> Any:
+        """The class per row at the label holder, None at a feature holder. Reveals what `decision_function` does."""
+        scores = self.decision_function(X, session=session)
+        return None if scores is None else self.classes_[(scores > 0).astype(int)]
+
+    def score(self, X: pd.DataFrame | Matrix, y: Any = None, *, session: Session) -> float | None:
+        """Mean accuracy at the label holder, None at a feature holder. Reveals what `decision_function` does."""
+        predicted = self.predict(X, session=session)
+        return None if predicted is None else float(np.mean(predicted == np.asarray(y)))
+
+    def save(self, path: Path, scaler: dict[str, list[float]] | None = None) -> None:
+        """Our share as JSON, never an object that runs on loading."""
+        check_is_fitted(self)
+        share = ModelShare(
+            colonnade_model=1,
+            party=self.party_,
+            training=self.training_,
+            agreement=self.agreement_,
+            params=self.get_params(),
+            features=list(self.feature_names_in_),
+            coef=self.coef_[0].tolist(),
+            intercept=float(self.intercept_[0]),
+            classes=self.classes_.tolist() if hasattr(self, "classes_") else [],
+            exchanges=self.n_iter_,
+            converged=self.converged_,
+            scaler=scaler,
+        )
+        write_whole(path, msgspec.json.format(msgspec.json.encode(share), indent=2) + b"\n", mode=0o600)
+
+    @classmethod
+    def load(cls, path: Path) -> VerticalLogisticRegression:
+        """A share that `save` wrote. Raises LocalError. `scaler_` is what was saved with it, or None."""
+        share: ModelShare = parse_json(path, ModelShare, "the model share")
+        try:
+            model = cls(**share.params)  # type: ignore[arg-type]
+            model._check_parameters()
+        except TypeError:
+            raise LocalError(f"{path} has parameters that this version does not know") from None
+        if len(share.coef) != len(share.features) or not all(map(math.isfinite, [*share.coef, share.intercept])):
+            raise LocalError(f"{path} is damaged: its coefficients do not fit its features")
+        model.coef_, model.intercept_ = np.array([share.coef]), np.array([share.intercept])
+        model.feature_names_in_, model.n_features_in_ = np.array(share.features, dtype=object), len(share.features)
+        model.n_iter_, model.converged_ = share.exchanges, share.converged
+        model.training_, model.agreement_, model.party_ = share.training, share.agreement, share.party
+        model.scaler_ = share.scaler
+        if share.classes:
+            model.classes_ = np.array(share.classes)
+        return model
+
+    def _check_parameters(self) -> None:
+        if self.solver not in ("lbfgs", "sgd"):
+            raise LocalError(f"unknown solver {self.solver!r}; known: lbfgs, sgd")
+        for name in ("C", "tol", "max_iter", "learning_rate", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise LocalError(f"{name} must be positive")
+
+    def _check_columns(self, session: Session, x: Matrix, names: list[str]) -> None:
+        """Refuse columns whose gradients give labels to us, their holder; warn where they might."""
+        rows, columns = len(x), x.shape[1]
+        if self.solver == "sgd":
+            rows = min(rows, self.batch_size)
+        if rows <= columns:
+            raise LocalError(
+                f"{rows} rows in a batch for {columns} columns: the gradient would determine every row's residual, "
+                "hence labels; use more rows or fewer columns"
+            )
+        rare = []
+        for name, column in zip(names, x.T, strict=True):
+            off = len(column) - int(np.unique(column, return_counts=True)[1].max())
+            if off < self.minimum_rows_off_mode:
+                rare.append(f"{name} ({off})")
+        if rare:
+            raise LocalError(
+                f"columns with fewer than {self.minimum_rows_off_mode} rows off their most frequent value: "
+                f"{', '.join(rare)}; their gradient would reveal single labels: drop or merge them"
+            )
+        bits = session.agreement.encryption.feature_bits * columns * self.max_iter
+        if rows <= bits:
+            log.warning(
+                "%d rows are few for up to %d gradients of %d columns: a feature holder with a lattice attack might "
+                "learn labels; see docs/threats.md",
+                rows,
+                self.max_iter,
+                columns,
+            )
+
+    def _agree(self, session: Session, purpose: str, x: Matrix) -> dict[str, Plan]:
+        """All parties compare what they are about to do, and count rows and columns, before any data moves."""
+        text = msgspec.json.encode([purpose, self.get_params()], order="sorted")
+        ours = Plan(hashlib.sha256(b"colonnade/plan/1" + session.id + text).digest(), len(x), x.shape[1])
+        session.broadcast(ours)
+        plans = session.gather(Plan)
+        for name, plan in plans.items():
+            if plan.digest != ours.digest:
+                raise Refused(
+                    f"{name} is about to do something else: other hyper-parameters, or a share of another training",
+                    peer=name,
+                )
+            if plan.rows != ours.rows:
+                raise ProtocolViolation(f"{name} has {plan.rows} rows where we have {ours.rows}", peer=name)
+        return plans
+
+    def _limits(self, session: Session, columns: dict[str, int], x: Matrix) -> Limits:
+        """The cap on exchanges; every party computes it, so that none can be led beyond it."""
+        wanted = self.max_iter
+        if self.solver == "sgd":
+            wanted = len(sgd.batches(len(x), self.batch_size, self.max_iter, self.random_state))
+        if len(session.channels) > 1:
+            return Limits(self.tol, wanted)
+        ours = columns[next(iter(columns))] if session.is_label_holder else x.shape[1]
+        if not self.allow_reconstruction and ours < wanted:
+            log.warning(
+                "one feature holder with %d columns: training stops after %d exchanges, before the label holder could "
+                "rebuild these columns up to a linear map; allow_reconstruction in the agreement lifts this",
+                ours,
+                ours,
+            )
+            wanted = ours
+        return Limits(self.tol, wanted)
+
+
+def _matrix(X: pd.DataFrame | Matrix) -> tuple[Matrix, list[str]]:
+    """Float64 values and column names. Raises LocalError that names columns and counts, never values."""
+    frame = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.asarray(X))
+    names = [str(name) for name in frame.columns]
+    try:
+        x = frame.to_numpy(np.float64)
+    except (TypeError, ValueError):
+        raise LocalError("features must be numbers; encode text columns first") from None
+    bad = [f"{name} ({count})" for name, count in zip(names, (~np.isfinite(x)).sum(axis=0), strict=True) if count]
+    if bad:
+        raise LocalError(f"features with missing or infinite values: {', '.join(bad)}; fill or drop them")
+    return x, names
+
+
+def _labels(y: Any, rows: int) -> tuple[Any, Vector]:
+    values = np.asarray(y)
+    if values.shape != (rows,):
+        raise LocalError(f"{rows} rows of features but labels of shape {values.shape}")
+    classes, coded = np.unique(values, return_inverse=True)
+    if len(classes) != 2:
+        raise LocalError(f"the label has {len(classes)} different values among these rows; it must have two")
+    return classes, coded.astype(np.float64)

@@ -1,0 +1,146 @@
+"""The conversation of training and scoring, in order. G is the label holder, k a feature holder.
+
+`exchange` counts from 0 within one fit or one scoring and ties every message to its step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parties.message import Array, Message, kind
+
+ROWS_PER_PART = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class _Step(Message):
+    exchange: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.exchange < 2**31:
+            raise ValueError("not an exchange number")
+
+
+@kind(200, "control")
+@dataclass(frozen=True, eq=False)
+class Plan(Message):
+    """All to all: digest of model, hyper-parameters and scales, our rows and columns. Digests and rows must agree."""
+
+    digest: bytes
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != 32 or not 0 <= self.rows < 2**40 or not 1 <= self.columns <= 2**20:
+            raise ValueError("a plan is a digest, rows and columns")
+
+
+@kind(201, "control", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class SchemeKey(Message):
+    """G -> k: row 0 is the public modulus, the others the roots that prove it sound (little-endian)."""
+
+    data: Array
+
+
+@kind(202, "control", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class MaskKey(Message):
+    """k -> every other feature holder: a fresh X25519 key for the pairwise masks of this fit or scoring."""
+
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.shape != (32,):
+            raise ValueError("an X25519 key has 32 bytes")
+
+
+@kind(203, "plaintext", "<f8", 1)
+@dataclass(frozen=True, eq=False)
+class PartialEmbedding(_Step):
+    """k -> G, one feature holder only: X_k W_k per row (or X_k p_k along a search direction), in clear."""
+
+    data: Array
+
+
+@kind(204, "masked", "<u8", 1)
+@dataclass(frozen=True, eq=False)
+class MaskedEmbedding(_Step):
+    """k -> G: the same in fixed point modulo 2^64 under pairwise masks that cancel in the sum over k."""
+
+    data: Array
+
+
+@kind(205, "ciphertext", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class SealedResidual(_Step):
+    """G -> k: Enc_G(R) for some rows, in order."""
+
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= len(self.data) <= ROWS_PER_PART:
+            raise ValueError("a part holds 1 to 2048 residuals")
+
+
+@kind(206, "ciphertext", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class SealedGradient(_Step):
+    """k -> G: X_k^T Enc_G(R), packed, under masks uniform in Z_n, re-randomised."""
+
+    data: Array
+
+
+@kind(207, "masked", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class OpenedGradient(_Step):
+    """G -> k: its decryption, still masked."""
+
+    data: Array
+
+
+@kind(208, "aggregate", "<f8", 1)
+@dataclass(frozen=True, eq=False)
+class PartialScalars(_Step):
+    """k -> G, one feature holder only: scalar products of its slices of the solver's history."""
+
+    data: Array
+
+
+@kind(209, "masked", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class MaskedScalars(_Step):
+    """k -> G: the same in fixed point modulo 2^128 under pairwise masks."""
+
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.shape[1] != 16:
+            raise ValueError("a masked scalar has 16 bytes")
+
+
+@kind(210, "aggregate", "<f8", 1)
+@dataclass(frozen=True, eq=False)
+class Direction(_Step):
+    """G -> k: the search direction as coefficients over the history, the gradient last; empty: training ends here,
+    at the optimum (`converged`) or at the agreed number of exchanges."""
+
+    converged: bool
+    data: Array
+
+
+@kind(211, "aggregate")
+@dataclass(frozen=True, eq=False)
+class Step(_Step):
+    """G -> k: how far to go along the direction."""
+
+    length: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.length < 1e12:
+            raise ValueError("a step is finite and not negative")

@@ -1,0 +1,86 @@
+"""Mini-batch stochastic gradient descent: two roles in step. Batches follow from a seed that all share.
+
+Per batch: partial embeddings (masked sum), encrypted gradient, one step w -= rate * (gradient / b + penalty * w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parties.session import Session
+from vfl.encryption.paillier import PublicKey, SecretKey
+from vfl.encryption.scheme import Fixed
+from vfl.exchange import Scales, open_gradients, weigh_gradient
+from vfl.lbfgs import Matrix, Result
+from vfl.losses import Logistic, Vector
+from vfl.secure_sum import Contribution, sum_embeddings
+
+
+def batches(rows: int, size: int, epochs: int, seed: int) -> list[NDArray[np.int64]]:
+    """Row numbers of every batch of every epoch; a remainder joins the last batch, so none is smaller than `size`."""
+
+    def epoch(generator: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+        order = generator.permutation(rows)
+        starts = range(0, max(rows - size, 0) + 1, size)
+        for start in starts:
+            yield order[start : start + size if start != starts[-1] else rows]
+
+    generator = np.random.default_rng(seed)  # not a secret: all parties share it
+    return [batch for _ in range(epochs) for batch in epoch(generator)]
+
+
+def label_holder(
+    session: Session,
+    x: Matrix,
+    y: Vector,
+    start: Vector,
+    penalty: Vector,
+    rate: float,
+    plan: list[NDArray[np.int64]],
+    columns: dict[str, int],
+    scales: Scales,
+    secret: SecretKey,
+) -> Result:
+    """Train our weights (d,) from `start`; `penalty` (d,) is zero where a weight is not penalised.
+
+    Reveals:
+        To us, per batch: the sum of the feature holders' partial embeddings; with one, its own.
+        To a feature holder: its own aggregate gradient.
+    """
+    weights = start.copy()
+    for exchange, rows in enumerate(plan):
+        scores = x[rows] @ weights + sum_embeddings(session, len(rows), exchange)
+        residual = Logistic.derivative(scores, y[rows])
+        open_gradients(session, secret, residual, columns, scales, exchange)
+        weights = weights - rate * (x[rows].T @ residual / len(rows) + penalty * weights)
+        session.advance(exchange + 1, len(plan))
+    return Result(weights, len(plan), True)
+
+
+def feature_holder(
+    session: Session,
+    x: Fixed,
+    penalty: float,
+    rate: float,
+    plan: list[NDArray[np.int64]],
+    scales: Scales,
+    public: PublicKey,
+    contribution: Contribution,
+) -> Result:
+    """Train our weights (d,) from zero; the mirror of `label_holder`.
+
+    Reveals:
+        To the label holder, per batch: our part of the sum of partial embeddings; with one feature holder, ours itself:
+        after d batches it can rebuild our columns up to a linear map.
+    """
+    exact = np.ldexp(x.astype(np.float64), -scales.feature_bits)
+    weights = np.zeros(x.shape[1])
+    for exchange, rows in enumerate(plan):
+        contribution.send_embedding(exact[rows] @ weights, exchange)
+        gradient = weigh_gradient(contribution.label_holder, public, x[rows], scales, exchange)
+        weights = weights - rate * (gradient / len(rows) + penalty * weights)
+        session.advance(exchange + 1, len(plan))
+    return Result(weights, len(plan), True)

@@ -10,7 +10,9 @@ gives out, and with handover it would take over the route of the peer that has i
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,7 @@ from parties.errors import LocalError
 from parties.identity import Identity
 
 DOMAIN = b"colonnade"
+_BURST = 64  # handled of one kind before the others have their turn
 _EVENTS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -61,9 +64,10 @@ class Gate:
     def answer(self) -> list[str]:
         """Handle what waits; the user ids let in."""
         admitted = []
-        while self.socket.poll(0):
-            version, request, domain, _, _, mechanism, *keys = [*self.socket.recv_multipart(), *[b""] * 6][:7]
-            key = keys[0]
+        for _ in range(_BURST):
+            if not self.socket.poll(0):
+                break
+            version, request, domain, _, _, mechanism, key = [*self.socket.recv_multipart(), *[b""] * 6][:7]
             listed = (version, domain, mechanism) == (b"1.0", DOMAIN, b"CURVE") and key in self._listed
             verdict = [b"200", b"OK", user_id(key).encode()] if listed else [b"400", b"not listed", b""]
             self.socket.send_multipart([b"1.0", request, *verdict, b""])
@@ -81,15 +85,24 @@ class Gate:
 
 
 def open_socket(
-    context: zmq.Context[Socket], kind: int, me: Identity, endpoint: str, frame: int, patience: float, silence: float
+    context: zmq.Context[Socket],
+    kind: int,
+    me: Identity,
+    endpoint: str,
+    *,
+    frame: int,
+    handshake: float,
+    silence: float,
 ) -> Socket:
-    """A CURVE socket with every limit and interval set, neither bound nor connected."""
+    """A CURVE socket with every limit (bytes) and interval (seconds) set, neither bound nor connected."""
+    if not endpoint.startswith("tcp://"):
+        raise LocalError(f"{endpoint} is not an endpoint; write tcp://host:port")
     socket = context.socket(kind)
     socket.curve_publickey = me.public.curve_z85
     socket.curve_secretkey = me.curve_secret_z85
     seconds = {
-        zmq.HANDSHAKE_IVL: min(5.0, patience / 4),
-        zmq.CONNECT_TIMEOUT: min(5.0, patience / 2),
+        zmq.HANDSHAKE_IVL: min(5.0, handshake / 4),
+        zmq.CONNECT_TIMEOUT: min(5.0, handshake / 2),
         zmq.HEARTBEAT_IVL: min(2.0, silence / 4),
         zmq.HEARTBEAT_TIMEOUT: silence,
         zmq.HEARTBEAT_TTL: silence,
@@ -115,6 +128,23 @@ def open_socket(
     return socket
 
 
+def bind(socket: Socket, endpoint: str) -> str:
+    """Listen; the actual endpoint. Raises LocalError."""
+    foreign = "this machine has no such address: use one of its own, or tcp://*:port"
+    remedies = {
+        errno.EADDRINUSE: "another program has this port: stop it or choose another port",
+        errno.EINVAL: "write tcp://host:port",
+        errno.ENODEV: foreign,
+        errno.EADDRNOTAVAIL: foreign,
+    }
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        remedy = remedies.get(error.errno or 0, "choose another address or port")
+        raise LocalError(f"cannot listen on {endpoint} ({os.strerror(error.errno or 0)}); {remedy}") from None
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
 def watch(socket: Socket) -> Socket:
     """The socket's monitor."""
     monitor: Socket = socket.get_monitor_socket(_EVENTS)
@@ -123,7 +153,9 @@ def watch(socket: Socket) -> Socket:
 
 def events(monitor: Socket) -> Iterator[int]:
     """The events that wait."""
-    while monitor.poll(0):
+    for _ in range(_BURST):
+        if not monitor.poll(0):
+            return
         yield struct.unpack("=hi", monitor.recv_multipart()[0])[0]
 
 

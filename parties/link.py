@@ -142,13 +142,16 @@ class Link:
     def judge(self, now: float, patience: Patience, strangers: str) -> ColonnadeError | None:
         """What is wrong with this peer by now."""
         where = self.peer.endpoint
-        if self.refusing is not None and now - self.refusing > patience.handshake / 2:
-            return self.refused(
-                f"no handshake with {self.name} at {where} succeeds: it has another key than {self.fingerprints()}, or "
-                "it is another program; compare the fingerprints"
-            )
         if self.came is None:
-            if now - self.born <= patience.connect:
+            late = now - self.born > patience.connect
+            if self.refusing is not None and (late or now - self.refusing > patience.handshake / 2):
+                ours, agreed = self._post.me.public.fingerprint, self.peer.public.fingerprint
+                return Refused(
+                    f"no handshake with {self.name} at {where} succeeds: its key is not the agreed {agreed} (ours is "
+                    f"{ours}), or another program answers there; compare the fingerprints and the endpoint",
+                    peer=self.name,
+                )
+            if not late:
                 return None
             place = f"nobody answers at {where}" if where else f"it never connected to {self._post.endpoint}{strangers}"
             text = f"{self.name} did not come within {patience.connect:.0f} s: {place}; ask whether it is running"
@@ -162,9 +165,3 @@ class Link:
         else:
             return None
         return PeerLost(text, peer=self.name)
-
-    def refused(self, text: str) -> Refused:
-        return Refused(text, peer=self.name)
-
-    def fingerprints(self) -> str:
-        return f"the agreed {self.peer.public.fingerprint} (ours is {self._post.me.public.fingerprint})"

@@ -18,6 +18,7 @@ from parties.errors import ColonnadeError, ProtocolViolation, Refused
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.message import Array, Message, kind
+from parties.zeromq import Patience, Peer, Post
 
 TRAIN = "train"
 Progress = Callable[[str, int, int], None]
@@ -264,8 +265,6 @@ def open_session(
     Raises:
         LocalError, Refused, PeerLost, PeerAborted, ProtocolViolation; see docs/operations.md for their exit codes.
     """
-    from parties.zeromq import Patience, Peer, Post
-
     agreement.check_expiry()
     peers = [
         Peer(party.name, party.identity, None if agreement.listens(me.name, party.name) else party.endpoint)

@@ -24,7 +24,7 @@ from zmq.utils import z85
 
 from parties import curve
 from parties.delivery import FRAME_LIMIT
-from parties.errors import ColonnadeError, LocalError, ProtocolViolation
+from parties.errors import ColonnadeError, LocalError, ProtocolViolation, Refused
 from parties.identity import Identity
 from parties.link import RESEND, TURN, Link, Patience, Peer
 
@@ -63,13 +63,12 @@ class Post:
         self._links = {peer.name: Link(self, peer, frame_limit) for peer in peers}
         coming = [link for link in self._links.values() if link.peer.endpoint is None]
         self._by_user = {curve.user_id(link.peer.public.curve): link for link in coming}
-        if len({peer.public.curve for peer in peers} | {me.public.curve}) <= len(peers) or len(self._links) < len(
-            peers
-        ):
+        keys = {me.public.curve, *(peer.public.curve for peer in peers)}
+        if len(keys) <= len(peers) or len(self._links) < len(peers):
             raise LocalError("two parties have the same name or key; every party needs its own")
         if coming and listen is None:
             raise LocalError(f"{coming[0].name} connects to us, but we have no endpoint to listen on; set one")
-        self._context: zmq.Context[curve.Socket] = zmq.Context()
+        self._context: zmq.Context[curve.Socket] = zmq.Context()  # our own: its one ZAP handler is ours
         self._bell, self._hook = sockets.socketpair()
         self._bell.setblocking(False)
         self._hook.setblocking(False)
@@ -98,28 +97,10 @@ class Post:
             self.close()
             raise
 
-    def _open(self, kind: int, endpoint: str) -> curve.Socket:
-        if not endpoint.startswith("tcp://"):
-            raise LocalError(f"{endpoint} is not an endpoint; write tcp://host:port")
-        patience = self.patience
-        return curve.open_socket(
-            self._context, kind, self.me, endpoint, FRAME_LIMIT, patience.handshake, patience.silence
-        )
-
     def _listen(self, endpoint: str) -> None:
         self._router = self._open(zmq.ROUTER, endpoint)
         self._router_monitor = curve.watch(self._router)
-        try:
-            self._router.bind(endpoint)
-        except zmq.ZMQError as error:
-            remedy = {
-                errno.EADDRINUSE: "another program has this port: stop it or choose another port",
-                errno.EINVAL: "write tcp://host:port",
-                errno.ENODEV: "this machine has no such address: use one of its own, or tcp://*:port",
-                errno.EADDRNOTAVAIL: "this machine has no such address: use one of its own, or tcp://*:port",
-            }.get(error.errno or 0, "choose another address or port")
-            raise LocalError(f"cannot listen on {endpoint} ({zmq.strerror(error.errno or 0)}); {remedy}") from None
-        self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = curve.bind(self._router, endpoint)
 
     def _connect(self, link: Link, endpoint: str) -> None:
         link.socket = self._open(zmq.DEALER, endpoint)
@@ -129,6 +110,12 @@ class Post:
             link.socket.connect(endpoint)
         except zmq.ZMQError:
             raise LocalError(f"{endpoint} of {link.name} is not an endpoint; write tcp://host:port") from None
+
+    def _open(self, kind: int, endpoint: str) -> curve.Socket:
+        handshake, silence = self.patience.handshake, self.patience.silence
+        return curve.open_socket(
+            self._context, kind, self.me, endpoint, frame=FRAME_LIMIT, handshake=handshake, silence=silence
+        )
 
     def link(self, name: str) -> Link:
         return self._links[name]
@@ -251,13 +238,11 @@ class Post:
                 link.connected()
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 ours = self.me.public
-                self._fail(
-                    link,
-                    link.refused(
-                        f"{link.name} does not list our key {ours.fingerprint} (transport key "
-                        f"{curve.transport_print(ours.curve)}) among those that connect to it; compare the agreements"
-                    ),
+                text = (
+                    f"{link.name} does not list our key {ours.fingerprint} (transport key "
+                    f"{curve.transport_print(ours.curve)}) among those that connect to it; compare the agreements"
                 )
+                self._fail(link, Refused(text, peer=link.name))
             elif event & curve.HANDSHAKE_FAILED:
                 link.refusing = link.refusing or now
             elif event == zmq.EVENT_CLOSED:  # nobody listens there: perhaps not yet
@@ -276,7 +261,7 @@ class Post:
                 frame = socket.recv(zmq.NOBLOCK, copy=False)
                 frames = [*frames[:4], frame]  # no message of ours has more
             sender = link or self._sender(frames)
-            if sender is not None and sender.failure is None:
+            if sender is not None and sender.failure is None and not sender.books.closed:
                 parts = [frame.bytes for frame in (frames if link else frames[1:])]
                 try:
                     sender.accept(parts, time.monotonic())

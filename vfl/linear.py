@@ -255,32 +255,15 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
 
     def _check_columns(self, session: Session, x: Matrix, names: list[str]) -> None:
         """Refuse columns whose gradients give labels to us, their holder; warn where they might."""
-        rows, columns = len(x), x.shape[1]
-        if self.solver == "sgd":
-            rows = min(rows, self.batch_size)
-        if rows <= columns:
-            raise LocalError(
-                f"{rows} rows in a batch for {columns} columns: the gradient would determine every row's residual, "
-                "hence labels; use more rows or fewer columns"
-            )
-        rare = []
-        for name, column in zip(names, x.T, strict=True):
-            off = len(column) - int(np.unique(column, return_counts=True)[1].max())
-            if off < self.minimum_rows_off_mode:
-                rare.append(f"{name} ({off})")
-        if rare:
-            raise LocalError(
-                f"columns with fewer than {self.minimum_rows_off_mode} rows off their most frequent value: "
-                f"{', '.join(rare)}; their gradient would reveal single labels: drop or merge them"
-            )
-        bits = session.agreement.encryption.feature_bits * columns * self.max_iter
-        if rows <= bits:
+        check_columns(x, names, self.minimum_rows_off_mode, self.batch_size if self.solver == "sgd" else None)
+        bits = session.agreement.encryption.feature_bits * x.shape[1] * self.max_iter
+        if len(x) <= bits:
             log.warning(
                 "%d rows are few for up to %d gradients of %d columns: a feature holder with a lattice attack might "
                 "learn labels; see docs/threats.md",
-                rows,
+                len(x),
                 self.max_iter,
-                columns,
+                x.shape[1],
             )
 
     def _agree(self, session: Session, purpose: str, x: Matrix) -> dict[str, Plan]:
@@ -340,3 +323,28 @@ def _labels(y: Any, rows: int) -> tuple[Any, Vector]:
     if len(classes) != 2:
         raise LocalError(f"the label has {len(classes)} different values among these rows; it must have two")
     return classes, coded.astype(np.float64)
+
+
+def check_columns(x: Matrix, names: list[str], minimum: int, batch: int | None = None) -> None:
+    """Refuse a feature holder's columns whose gradients would give it labels.
+
+    Raises:
+        LocalError: no more rows in a batch than columns (the gradient determines every residual), or a column with
+            fewer than `minimum` rows off its most frequent value (its gradient is theirs alone).
+    """
+    rows = len(x) if batch is None else min(len(x), batch)
+    if rows <= x.shape[1]:
+        raise LocalError(
+            f"{rows} rows in a batch for {x.shape[1]} columns: the gradient would determine every row's residual, "
+            "hence labels; use more rows or fewer columns"
+        )
+    rare = []
+    for name, column in zip(names, x.T, strict=True):
+        off = len(column) - int(np.unique(column, return_counts=True)[1].max())
+        if off < minimum:
+            rare.append(f"{name} ({off})")
+    if rare:
+        raise LocalError(
+            f"columns with fewer than {minimum} rows off their most frequent value: {', '.join(rare)}; "
+            "their gradient would reveal single labels: drop or merge them"
+        )

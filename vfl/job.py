@@ -1,0 +1,246 @@
+"""The main job at one party, as `run`, `predict` and the demo all do it: prepare, align, train, score."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.preprocessing import StandardScaler
+
+from parties.agreement import Agreement, Model
+from parties.errors import LocalError, Refused
+from parties.files import make_folder
+from parties.message import Array
+from parties.party_file import Party
+from parties.session import TRAIN, Progress, Session, open_session
+from parties.tables import Table, read_table
+from psi.align import Alignment, align
+from psi.identifiers import Identifiers, canonical
+from psi.report import make_report
+from vfl.linear import VerticalLogisticRegression, check_columns
+from vfl.losses import Vector
+from vfl.metrics import evaluate
+
+log = logging.getLogger("colonnade")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Our input, checked: nothing has been sent yet."""
+
+    table: Table
+    ids: Identifiers
+
+    @property
+    def features(self) -> pd.DataFrame:
+        """The features of the rows that take part, in the order of `ids.values`."""
+        return self.table.features.iloc[self.ids.rows]
+
+    @property
+    def label(self) -> Vector | None:
+        return None if self.table.label is None else self.table.label[self.ids.rows]
+
+
+@dataclass
+class Outcome:
+    """What the job left at this party. `rows[i]` is the row of our table (from 0) that is the i-th common customer."""
+
+    session: str
+    task: str
+    rows: NDArray[np.int64] = field(repr=False)
+    test: NDArray[np.bool_] = field(repr=False)
+    psi_report: dict[str, Any] = field(repr=False)
+    seconds: dict[str, float]
+    bytes_sent: dict[str, dict[str, int]]
+    model: VerticalLogisticRegression
+    scaler: StandardScaler | None = field(repr=False)
+    probability: Vector | None = field(default=None, repr=False)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def prepare(
+    party: Party, *, path: Path | None = None, features: list[str] | None = None, train: bool = True
+) -> Prepared:
+    """Read and check our table. Raises LocalError, naming file, column and count."""
+    choice, agreement = party.file.table, party.agreement
+    names = list(choice.features) if features is None else features
+    table = read_table(
+        path or party.table_path,
+        choice.id,
+        names,
+        label=choice.label if train else "",
+        positive=choice.positive,
+        separator=choice.separator,
+    )
+    ids = canonical(
+        table.ids,
+        agreement.identifiers.rule,
+        duplicates=agreement.identifiers.duplicates,
+        empty=agreement.identifiers.empty,
+        column=choice.id,
+        source=table.source,
+    )
+    if not ids.values:
+        raise LocalError(f"{table.source}, column {choice.id!r}: no row has a usable id")
+    if len(ids.values) > agreement.intersection.maximum_rows:
+        raise LocalError(
+            f"{table.source}: {len(ids.values)} rows, the agreement's cap is {agreement.intersection.maximum_rows}"
+        )
+    prepared = Prepared(table, ids)
+    if train and not party.is_label_holder:
+        check_columns(prepared.features.to_numpy(), names, agreement.model.minimum_rows_off_mode, _batch(agreement))
+    if train and len(ids.values) <= len(names):
+        raise LocalError(f"{table.source}: {len(ids.values)} rows for {len(names)} columns; bring more rows")
+    return prepared
+
+
+def _batch(agreement: Agreement) -> int | None:
+    return agreement.model.batch_size if agreement.model.solver == "sgd" else None
+
+
+def estimator(model: Model) -> VerticalLogisticRegression:
+    """The estimator that the agreement describes."""
+    return VerticalLogisticRegression(
+        C=model.C,
+        fit_intercept=model.fit_intercept,
+        solver=model.solver,
+        tol=model.tolerance,
+        max_iter=model.max_exchanges if model.solver == "lbfgs" else model.epochs,
+        learning_rate=model.learning_rate,
+        batch_size=model.batch_size,
+        random_state=model.seed,
+        minimum_rows_off_mode=model.minimum_rows_off_mode,
+        allow_reconstruction=model.allow_reconstruction,
+    )
+
+
+def train(session: Session, prepared: Prepared, minimum: int = 0) -> Outcome:
+    """The job in an open session. The same function at every party; the label holder's table has the label.
+
+    Reveals: what `align`, `VerticalLogisticRegression.fit` and its `decision_function` reveal; no more.
+    """
+    settings = session.agreement.model
+    alignment, report = _align(session, prepared, minimum)
+    features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
+    test = split(len(features), settings.test_fraction, settings.seed)
+    label = None if prepared.label is None else prepared.label[alignment.rows]
+    with session.phase("train"):
+        scaler = StandardScaler().fit(features[~test].to_numpy()) if settings.standardise else None
+        scaled = _scaled(features, scaler)
+        model = estimator(settings)
+        model.fit(scaled[~test], None if label is None else label[~test], session=session)
+    probability, metrics = None, {}
+    if test.any():
+        with session.phase("score"):
+            both = model.predict_proba(scaled[test], session=session)
+        if both is not None and label is not None:
+            probability = both[:, 1]
+            alone = model.alone_.predict_proba(scaled[test].to_numpy())[:, 1]
+            metrics = {"joint": evaluate(label[test], probability), "alone": evaluate(label[test], alone)}
+    return _outcome(session, prepared, alignment, report, test, model, scaler, probability, metrics)
+
+
+def score(session: Session, prepared: Prepared, model: VerticalLogisticRegression, minimum: int = 0) -> Outcome:
+    """Align new rows and score them; the scores stay with the label holder."""
+    alignment, report = _align(session, prepared, minimum)
+    features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
+    scaler = None if model.scaler_ is None else _restored(model.scaler_)
+    with session.phase("score"):
+        both = model.predict_proba(_scaled(features, scaler), session=session)
+    probability = None if both is None else both[:, 1]
+    test = np.ones(len(features), bool)
+    return _outcome(session, prepared, alignment, report, test, model, scaler, probability, {})
+
+
+def split(rows: int, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which of the aligned rows are held out: the same at every party, from a shared seed; at least one row trains."""
+    test = np.zeros(rows, bool)
+    test[np.random.default_rng(seed).permutation(rows)[: min(round(rows * fraction), rows - 1)]] = True
+    return test
+
+
+def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcome:
+    """`colonnade run`: everything at one party, over the network. Writes the ledger; the caller writes the rest."""
+    approval = party.approval
+    prepared = prepare(party)
+    make_folder(party.output)
+    with _open(party, approval, TRAIN, progress, note) as session:
+        outcome = train(session, prepared, party.file.policy.minimum_intersection)
+    return _closed(outcome, session)
+
+
+def predict(
+    party: Party, path: Path, share: Path, progress: Progress, note: Callable[[str], None]
+) -> tuple[Outcome, Prepared]:
+    """`colonnade predict`: align the rows of `path` with the others' new rows afresh, and score them."""
+    model = VerticalLogisticRegression.load(share)
+    if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
+        raise Refused(f"{share} was trained under another agreement or by another party; train again")
+    approval = party.approval
+    prepared = prepare(party, path=path, features=list(model.feature_names_in_), train=False)
+    make_folder(party.output)
+    with _open(party, approval, f"score with {model.training_[:32]}", progress, note) as session:
+        outcome = score(session, prepared, model)
+    return _closed(outcome, session), prepared
+
+
+def _open(party: Party, approval: bytes, task: str, progress: Progress, note: Callable[[str], None]) -> Any:
+    return open_session(
+        party.identity,
+        party.agreement,
+        approval=approval,
+        task=task,
+        ledger_path=party.output / ("ledger.jsonl" if task == TRAIN else "score_ledger.jsonl"),
+        forbidden=frozenset(party.file.policy.forbid),
+        listen=party.file.listen or None,
+        progress=progress,
+        log=note,
+    )
+
+
+def _align(session: Session, prepared: Prepared, minimum: int) -> tuple[Alignment, dict[str, Any]]:
+    with session.phase("align"):
+        alignment = align(session, prepared.ids.values, minimum=minimum)
+        return alignment, make_report(session, alignment, prepared.ids.counts)
+
+
+def _outcome(
+    session: Session,
+    prepared: Prepared,
+    alignment: Alignment,
+    report: dict[str, Any],
+    test: NDArray[np.bool_],
+    model: VerticalLogisticRegression,
+    scaler: StandardScaler | None,
+    probability: Vector | None,
+    metrics: dict[str, dict[str, float]],
+) -> Outcome:
+    rows: Array = prepared.ids.rows[alignment.rows]
+    return Outcome(session.id.hex(), session.task, rows, test, report, {}, {}, model, scaler, probability, metrics)
+
+
+def _closed(outcome: Outcome, session: Session) -> Outcome:
+    """Add what is known only after the close."""
+    outcome.seconds = {name: round(value, 3) for name, value in session.seconds.items()}
+    for (peer, kind), size in sorted(session.ledger.bytes_sent.items()):
+        outcome.bytes_sent.setdefault(peer, {})[kind] = size
+    return outcome
+
+
+def _scaled(features: pd.DataFrame, scaler: StandardScaler | None) -> pd.DataFrame:
+    if scaler is None:
+        return features
+    return pd.DataFrame(scaler.transform(features.to_numpy()), columns=features.columns)
+
+
+def _restored(saved: dict[str, list[float]]) -> StandardScaler:
+    scaler = StandardScaler()
+    scaler.mean_, scaler.scale_ = np.array(saved["mean"]), np.array(saved["scale"])
+    scaler.n_features_in_ = len(scaler.mean_)
+    return scaler

@@ -1,0 +1,114 @@
+"""What a party keeps and sees at the end: files in its output folder, and a table to read at a glance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from parties.agreement import Agreement
+from parties.files import write_whole
+from parties.party_file import Party
+from vfl.job import Outcome, Prepared
+
+SINGLE_HOLDER = (
+    "One feature holder: its partial embeddings have nothing to hide behind. After as many exchanges as it has columns "
+    "the label holder can rebuild these columns up to a linear map, and exactly once it knows as many rows."
+)
+
+
+def write_outcome(party: Party, outcome: Outcome) -> dict[str, Any]:
+    """Write model.json, psi_report.json, rows.csv and summary.json into the party's output folder; the summary."""
+    folder = party.output
+    scaler = outcome.scaler
+    saved = None if scaler is None else {"mean": scaler.mean_.tolist(), "scale": scaler.scale_.tolist()}
+    outcome.model.save(folder / "model.json", scaler=saved)
+    write_json(folder / "psi_report.json", outcome.psi_report)
+    rows = pd.DataFrame({"row": outcome.rows, "part": np.where(outcome.test, "test", "train")})
+    if outcome.probability is not None:
+        rows["score"] = np.nan
+        rows.loc[outcome.test, "score"] = outcome.probability
+    write_whole(folder / "rows.csv", rows.to_csv(index=False).encode(), mode=0o600)
+    summary = summarise(party, outcome)
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def summarise(party: Party, outcome: Outcome) -> dict[str, Any]:
+    """The run as plain values; no id, no row, no coefficient."""
+    agreement = party.agreement
+    summary: dict[str, Any] = {
+        "party": party.name,
+        "role": agreement.party(party.name).role,
+        "title": agreement.title,
+        "agreement": agreement.digest.hex(),
+        "session": outcome.session,
+        "parties": [one.name for one in agreement.ring],
+        "rows": outcome.psi_report["our_rows"],
+        "intersection": len(outcome.rows),
+        "rows_train": int((~outcome.test).sum()),
+        "rows_test": int(outcome.test.sum()),
+        "exchanges": outcome.model.n_iter_,
+        "converged": outcome.model.converged_,
+        "scheme": agreement.encryption.scheme,
+        "key_bits": agreement.encryption.key_bits,
+        "seconds": round(sum(outcome.seconds.values()), 3),
+        "seconds_by_phase": outcome.seconds,
+        "bytes_sent": outcome.bytes_sent,
+        "notes": notes(agreement),
+    }
+    if party.is_label_holder:
+        summary |= {"metrics": outcome.metrics, "gradient_norm": outcome.model.gradient_norm_}
+    return summary
+
+
+def notes(agreement: Agreement) -> list[str]:
+    """What everybody should know about this agreement before and after it runs."""
+    if agreement.feature_holders > 1:
+        return []
+    consent = "The agreement allows to go beyond." if agreement.model.allow_reconstruction else "Training stops there."
+    return [f"{SINGLE_HOLDER} {consent}"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented, sorted as given, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2).encode() + b"\n")
+
+
+def closing_table(summary: dict[str, Any]) -> Table:
+    """One party's run at a glance."""
+    table = Table(title=f"{summary['title']}: {summary['party']} ({summary['role']})", show_header=False)
+    rows = summary["rows"]
+    table.add_row("our rows", f"{rows['kept']:,} of {rows['read']:,} take part")
+    table.add_row("intersection", f"{summary['intersection']:,} rows of {len(summary['parties'])} parties")
+    table.add_row("train / test", f"{summary['rows_train']:,} / {summary['rows_test']:,} rows")
+    for name, values in summary.get("metrics", {}).items():
+        who = "label holder alone" if name == "alone" else "joint model"
+        table.add_row(f"AUC, {who}", f"{values['auc']:.4f} on the test rows (log loss {values['log_loss']:.4f})")
+    state = "converged" if summary["converged"] else "stopped at the agreed number"
+    table.add_row("exchanges", f"{summary['exchanges']} ({state})")
+    table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit")
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds_by_phase"].items())
+    table.add_row("seconds", f"{summary['seconds']:.1f} ({phases})")
+    for peer, kinds in summary["bytes_sent"].items():
+        table.add_row(f"sent to {peer}", f"{megabytes(sum(kinds.values()))}")
+    for text in summary["notes"]:
+        table.add_row("[bold]note[/bold]", text)
+    return table
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"
+
+
+def write_scores(path: Path, id_column: str, prepared: Prepared, outcome: Outcome) -> None:
+    """The label holder's scores: its own ids as it wrote them, in its own row order."""
+    scores = pd.DataFrame(
+        {id_column: [prepared.table.ids[row] for row in outcome.rows], "score": outcome.probability},
+        index=outcome.rows,
+    )
+    write_whole(path, scores.sort_index().to_csv(index=False).encode(), mode=0o600)

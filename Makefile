@@ -1,5 +1,6 @@
 # Two commands set everything up: `make demo` and `make test`. Both work alone on a fresh clone.
-PYTHON ?= $(shell command -v python3.13 python3.12 python3.11 python3 | head -n 1)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
@@ -19,7 +20,7 @@ bench: $(VENV)/installed-dev
 	$(BIN)/python benchmarks/exchange.py --json out/bench-exchange.json
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; try: make PYTHON=python3.12 demo"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; try: make PYTHON=/path/to/python3 demo"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python

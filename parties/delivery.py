@@ -80,11 +80,11 @@ class Delivery:
 
     def push(self, header: bytes, payload: bytes | memoryview) -> None:
         """Queue one message. The payload is copied if it could still change."""
-        if len(header) > HEADER_LIMIT or len(payload) > self.limit:
-            raise LocalError(
-                f"a message to {self.peer} has {len(payload)} bytes, above the limit of {self.limit}; split it"
-            )
         data = memoryview(bytes(payload))
+        if len(header) > HEADER_LIMIT or len(data) > self.limit:
+            raise LocalError(
+                f"a message to {self.peer} has {len(data)} bytes, above the limit of {self.limit}; split it"
+            )
         self._out.append((OPEN, len(data), (header, data[:PIECE])))
         self._out.extend((MORE, 0, (data[at : at + PIECE],)) for at in range(PIECE, len(data), PIECE))
         self._sent += 1

@@ -29,7 +29,8 @@ class Ledger:
         self.allowed = allowed
         self.head = _START
         self.entries = 0
-        self.bytes_sent: Counter[tuple[str, str]] = Counter()
+        self.phase = "agree"
+        self.bytes_sent: Counter[tuple[str, str, str]] = Counter()  # by peer, kind and phase
         if path is not None:
             try:
                 self._file = path.open("wb")
@@ -37,7 +38,11 @@ class Ledger:
                 raise LocalError(f"cannot write the ledger {path}: {error.strerror}") from None
 
     def _append(self, entry: dict[str, Any]) -> None:
-        entry = {"entry": self.entries, "time": datetime.now(UTC).isoformat(timespec="milliseconds")} | entry
+        entry = {
+            "entry": self.entries,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "phase": self.phase,
+        } | entry
         line = json.dumps(entry | {"previous": self.head}, separators=(",", ":")).encode()
         if self._file is not None:
             try:
@@ -66,7 +71,7 @@ class Ledger:
                 "digest": digest.hex(),
             }
         )
-        self.bytes_sent[to, kind] += size
+        self.bytes_sent[to, kind, self.phase] += size
 
     def seal(self) -> None:
         """Sign the chain and close the file."""

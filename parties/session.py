@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,10 @@ from parties.channel import Channel, Link, M
 from parties.errors import ColonnadeError, ProtocolViolation, Refused
 from parties.identity import Identity
 from parties.ledger import Ledger
-from parties.message import Array, Message, kind
+from parties.message import PAYLOAD_LIMIT, Array, Message, kind
 from parties.zeromq import Patience, Peer, Post
 
+_LOG = logging.getLogger("colonnade")
 TRAIN = "train"
 Progress = Callable[[str, int, int], None]
 
@@ -79,7 +81,6 @@ class Session:
     tick: Callable[[], None] = lambda: None
     progress: Progress = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
-    _phase: str = "start"
 
     @property
     def name(self) -> str:
@@ -104,7 +105,7 @@ class Session:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Name what happens now, for progress, timing and error texts."""
-        outer, self._phase = self._phase, name
+        outer, self.ledger.phase = self.ledger.phase, name
         start = time.perf_counter()
         try:
             yield
@@ -114,12 +115,13 @@ class Session:
             raise
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            self._phase = outer
+            _LOG.info("%s: %.2f s", name, self.seconds[name])
+            self.ledger.phase = outer
 
     def advance(self, done: int, total: int) -> None:
         """Called by the working loop: shows progress here and tells the peers that we are alive."""
         self.tick()
-        self.progress(self._phase, done, total)
+        self.progress(self.ledger.phase, done, total)
 
     def close(self) -> None:
         """Compare transcripts with every peer and countersign them into the ledger."""
@@ -277,7 +279,7 @@ def open_session(
     address = (listen or agreement.party(me.name).endpoint) if waits else None
     ledger = Ledger(me, ledger_path, allowed_classes(agreement) - forbidden)
     with (
-        Post(me, peers, listen=address, patience=patience, log=log) as post,
+        Post(me, peers, listen=address, patience=patience, frame_limit=PAYLOAD_LIMIT, log=log) as post,
         converse(
             me,
             agreement,

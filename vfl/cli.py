@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
 from parties.agreement import Agreement
@@ -97,7 +98,9 @@ def check(path: PartyPath) -> None:
     prepared = job.prepare(party)
     agreement, counts = party.agreement, prepared.ids.counts
     cost = predict_cost(agreement, counts["kept"], len(party.file.table.features), label_holder=party.is_label_holder)
-    table = Table(title=f"{agreement.title}: {party.name}", show_header=False)
+    table = Table(title=f"{agreement.title}: {party.name}", show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("agreement", agreement.digest.hex())
     for one in agreement.ring:
         table.add_row(f"{one.role} {one.name}", f"{one.endpoint or '(connects only)'}  {one.identity.fingerprint}")
@@ -112,11 +115,11 @@ def check(path: PartyPath) -> None:
     model = agreement.model
     table.add_row("model", f"{model.kind}, C = {model.C}, {model.solver}, at most {model.max_exchanges} exchanges")
     table.add_row("encryption", f"{agreement.encryption.scheme}, {agreement.encryption.key_bits} bit")
-    table.add_row("predicted, at most", f"{cost.seconds:,.0f} s of one core, {report.megabytes(cost.bytes)} sent by us")
+    table.add_row("predicted, at most", f"{cost.seconds:,.0f} s of one core, {decimal(cost.bytes)} sent by us")
     table.add_row(
         "  of that",
-        f"alignment {cost.align_seconds:,.1f} s, {report.megabytes(cost.align_bytes)}; about {cost.exchanges} exchanges "
-        f"of {cost.exchange_seconds:,.2f} s, {report.megabytes(cost.exchange_bytes)}",
+        f"alignment {cost.align_seconds:,.1f} s, {decimal(cost.align_bytes)}; about {cost.exchanges} exchanges "
+        f"of {cost.exchange_seconds:,.2f} s, {decimal(cost.exchange_bytes)}",
     )
     for text in report.notes(agreement):
         table.add_row("note", text)

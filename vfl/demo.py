@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.filesize import decimal
 from rich.table import Table
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
@@ -35,7 +36,7 @@ from vfl.console import Bars, Watcher, err, out
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Logistic, Vector
 from vfl.metrics import evaluate
-from vfl.report import megabytes, write_json
+from vfl.report import phase_rows, write_json
 
 WEAK = ("mean texture", "mean smoothness", "mean symmetry", "mean fractal dimension")
 DEADLINE = 600.0
@@ -43,7 +44,7 @@ LABEL_HOLDER = "clinic"
 
 
 def run_demo(folder: Path, key_bits: int = 3072) -> dict[str, Any]:
-    """Set the three parties up in `folder`, run them, compare, and write summary.json. Raises what a party ended with."""
+    """Set the three parties up in `folder`, run them, compare, write summary.json. Raises what a party ended with."""
     if key_bits not in (2048, 3072, 4096):
         raise LocalError(f"key_bits is 2048, 3072 or 4096, not {key_bits}")
     start = time.perf_counter()
@@ -209,6 +210,10 @@ def compare(folder: Path, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
         "relative_objective_gap": (objective(ours, intercept) - best) / best,
         "exchanges": own[LABEL_HOLDER]["exchanges"],
         "seconds_by_phase": own[LABEL_HOLDER]["seconds_by_phase"],
+        "bytes_by_phase": {
+            phase: sum(summary["bytes_by_phase"].get(phase, 0) for summary in own.values())
+            for phase in own[LABEL_HOLDER]["bytes_by_phase"]
+        },
         "bytes_sent": {
             name: {kind: _total(summary["bytes_sent"], kind) for kind in _kinds(summary["bytes_sent"])}
             for name, summary in own.items()
@@ -231,7 +236,7 @@ def _total(sent: dict[str, dict[str, int]], kind: str) -> int:
 
 def closing_table(summary: dict[str, Any]) -> Table:
     """What the demo showed, at a glance."""
-    table = Table(title="Breast cancer, columns of three parties", show_header=False)
+    table = Table(title="Breast cancer, columns of three parties", show_header=False, title_justify="left")
     held = ", ".join(f"{name} {rows}" for name, rows in summary["rows"].items())
     table.add_row("rows", f"{held}; in common {summary['intersection']}")
     table.add_row("train / test", f"{summary['rows_train']} / {summary['rows_test']}")
@@ -241,11 +246,11 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_row("largest coefficient difference", f"{summary['max_abs_coef_difference']:.1e}")
     table.add_row("relative objective gap", f"{summary['relative_objective_gap']:.1e}")
     table.add_row("encrypted exchanges", str(summary["exchanges"]))
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds_by_phase"].items())
-    table.add_row("seconds", f"{summary['seconds']:.1f} ({phases})")
+    for row in phase_rows(summary):
+        table.add_row(*row)
     for name, kinds in summary["bytes_sent"].items():
         most = sorted(kinds, key=lambda kind: -kinds[kind])[:2]
-        listed = ", ".join(f"{kind} {megabytes(kinds[kind])}" for kind in most)
-        table.add_row(f"sent by {name}", f"{megabytes(sum(kinds.values()))} ({listed}, ...)")
+        listed = ", ".join(f"{kind} {decimal(kinds[kind])}" for kind in most)
+        table.add_row(f"sent by {name}", f"{decimal(sum(kinds.values()))} ({listed}, ...)")
     table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit; CURVE on every link")
     return table

@@ -58,6 +58,7 @@ class Outcome:
     psi_report: dict[str, Any] = field(repr=False)
     seconds: dict[str, float]
     bytes_sent: dict[str, dict[str, int]]
+    bytes_by_phase: dict[str, int]
     model: VerticalLogisticRegression
     scaler: StandardScaler | None = field(repr=False)
     probability: Vector | None = field(default=None, repr=False)
@@ -222,14 +223,16 @@ def _outcome(
     metrics: dict[str, dict[str, float]],
 ) -> Outcome:
     rows: Array = prepared.ids.rows[alignment.rows]
-    return Outcome(session.id.hex(), session.task, rows, test, report, {}, {}, model, scaler, probability, metrics)
+    return Outcome(session.id.hex(), session.task, rows, test, report, {}, {}, {}, model, scaler, probability, metrics)
 
 
 def _closed(outcome: Outcome, session: Session) -> Outcome:
     """Add what is known only after the close."""
     outcome.seconds = {name: round(value, 3) for name, value in session.seconds.items()}
-    for (peer, kind), size in sorted(session.ledger.bytes_sent.items()):
-        outcome.bytes_sent.setdefault(peer, {})[kind] = size
+    for (peer, kind, phase), size in session.ledger.bytes_sent.items():
+        kinds = outcome.bytes_sent.setdefault(peer, {})
+        kinds[kind] = kinds.get(kind, 0) + size
+        outcome.bytes_by_phase[phase] = outcome.bytes_by_phase.get(phase, 0) + size
     return outcome
 
 

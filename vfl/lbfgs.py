@@ -166,8 +166,9 @@ def label_holder(
         gram, cross, square = _unpacked(np.array(ours) + sum_scalars(session, len(ours), exchange), basis.shape[1])
         norm = float(np.sqrt(max(gram[-1, -1], 0.0)))
         converged = norm <= limits.tolerance
-        session.advance(exchange + 1, limits.exchanges)
-        if converged or exchange + 1 == limits.exchanges:
+        last = converged or exchange + 1 == limits.exchanges
+        session.advance(exchange + 1, exchange + 1 if last else limits.exchanges)
+        if last:
             session.broadcast(Direction(exchange, converged, np.empty(0)))
             objective = Logistic.value(scores, y) + penalty / 2 * square
             return Result(history.weights, exchange + 1, converged, objective, norm)
@@ -215,8 +216,8 @@ def feature_holder(
         history.see(gradient / len(x) + penalty * history.weights)
         basis = history.basis
         contribution.send_scalars(_packed(*_scalars(basis, history.weights)), exchange)
-        session.advance(exchange + 1, limits.exchanges)
         order = channel.receive(Direction)
+        session.advance(exchange + 1, limits.exchanges if len(order.data) else exchange + 1)
         with blame(channel.peer):
             if order.exchange != exchange or len(order.data) not in (0, basis.shape[1]):
                 raise ValueError("a direction of another step or size than is due")

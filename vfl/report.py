@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.filesize import decimal
 from rich.table import Table
 
 from parties.agreement import Agreement
@@ -59,6 +60,7 @@ def summarise(party: Party, outcome: Outcome) -> dict[str, Any]:
         "seconds": round(sum(outcome.seconds.values()), 3),
         "seconds_by_phase": outcome.seconds,
         "bytes_sent": outcome.bytes_sent,
+        "bytes_by_phase": outcome.bytes_by_phase,
         "notes": notes(agreement),
     }
     if party.is_label_holder:
@@ -81,7 +83,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def closing_table(summary: dict[str, Any]) -> Table:
     """One party's run at a glance."""
-    table = Table(title=f"{summary['title']}: {summary['party']} ({summary['role']})", show_header=False)
+    table = Table(
+        title=f"{summary['title']}: {summary['party']} ({summary['role']})", show_header=False, title_justify="left"
+    )
     rows = summary["rows"]
     table.add_row("our rows", f"{rows['kept']:,} of {rows['read']:,} take part")
     table.add_row("intersection", f"{summary['intersection']:,} rows of {len(summary['parties'])} parties")
@@ -92,17 +96,20 @@ def closing_table(summary: dict[str, Any]) -> Table:
     state = "converged" if summary["converged"] else "stopped at the agreed number"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
     table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit")
-    phases = ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds_by_phase"].items())
-    table.add_row("seconds", f"{summary['seconds']:.1f} ({phases})")
+    for row in phase_rows(summary):
+        table.add_row(*row)
     for peer, kinds in summary["bytes_sent"].items():
-        table.add_row(f"sent to {peer}", f"{megabytes(sum(kinds.values()))}")
+        table.add_row(f"sent to {peer}", f"{decimal(sum(kinds.values()))}")
     for text in summary["notes"]:
         table.add_row("[bold]note[/bold]", text)
     return table
 
 
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.2f} MB"
+def phase_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Seconds and bytes sent by phase, and in all."""
+    seconds, sent = summary["seconds_by_phase"], summary["bytes_by_phase"]
+    phases = [(f"  {name}", f"{value:.1f} s, {decimal(sent.get(name, 0))} sent") for name, value in seconds.items()]
+    return [("time", f"{summary['seconds']:.1f} s, {decimal(sum(sent.values()))} sent"), *phases]
 
 
 def write_scores(path: Path, id_column: str, prepared: Prepared, outcome: Outcome) -> None:

@@ -109,6 +109,7 @@ class Party:
     @property
     def approval(self) -> bytes:
         """Our signature under the agreement. Raises Refused when there is none or the agreement has changed since."""
+        self.agreement.check_expiry()
         if not self.approval_path.exists():
             raise Refused(f"{self.agreement_path} is not approved by us; read it and run 'colonnade sign {self.path}'")
         approval: _Approval = parse_json(self.approval_path, _Approval, "our approval")

@@ -1,0 +1,55 @@
+"""What many tests share: four parties' keys, agreements between them, and randomness that replays."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import pytest
+
+from parties.agreement import Agreement
+from parties.identity import Identity
+from parties.memory import make_agreement
+
+NAMES = ("bank", "grocer", "mill", "press")
+IDENTITIES = {name: Identity.generate(name) for name in NAMES}
+
+
+@pytest.fixture(scope="session")
+def identities() -> Mapping[str, Identity]:
+    """The keys of bank, grocer, mill and press, the same for the whole run."""
+    return IDENTITIES
+
+
+def parties(count: int) -> dict[str, Identity]:
+    """The first `count` of them; the bank holds the label."""
+    return {name: IDENTITIES[name] for name in NAMES[:count]}
+
+
+def agree(count: int, **tables: Any) -> Agreement:
+    """An agreement of the first `count` parties: any intersection is large enough, and nobody waits for long."""
+    tables["intersection"] = {"minimum": 1} | tables.get("intersection", {})
+    tables["deadlines"] = {"message": 20.0} | tables.get("deadlines", {})
+    return make_agreement(parties(count), **tables)
+
+
+def changed(agreement: Agreement, **fields: Any) -> Agreement:
+    """A copy with other top-level fields, checked as if it were read from a file."""
+    return msgspec.convert(msgspec.to_builtins(agreement) | fields, Agreement)
+
+
+class Stream:
+    """Deterministic randomness: `Stream("a")(32)` gives 32 bytes, other ones at every call, the same in every run."""
+
+    def __init__(self, seed: str) -> None:
+        self._seed, self._calls = seed.encode(), 0
+
+    def __call__(self, size: int) -> bytes:
+        self._calls += 1
+        return hashlib.shake_256(self._seed + b"/" + str(self._calls).encode()).digest(size)
+
+
+def nonces(count: int, seed: str = "nonce") -> dict[str, bytes]:
+    return {name: Stream(f"{seed}/{name}")(32) for name in NAMES[:count]}

@@ -1,0 +1,244 @@
+"""What the intersection promises to parties that follow the protocol, whatever their tables look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import NAMES, Stream, agree, nonces, parties
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parties.errors import ColonnadeError, LocalError, PeerAborted, ProtocolViolation, Refused
+from parties.memory import MemoryLink, outcomes, play
+from parties.message import Header, decode, parse_header
+from parties.message import name_of as kind_name
+from psi.align import Alignment, align
+from psi.messages import IntersectionSize
+
+Sets = Mapping[str, list[str]]
+
+
+def roles(sets: Sets, seed: str | None = None, minimum: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Everybody follows the protocol with its own ids; `seed` makes the randomness replay."""
+
+    def role(name: str) -> Callable[[Any], Alignment]:
+        options: dict[str, Any] = {"minimum": (minimum or {}).get(name)}
+        if seed is not None:
+            options["randomness"] = Stream(f"{seed}/{name}")
+        return lambda session: align(session, sets[name], **options)
+
+    return {name: role(name) for name in sets}
+
+
+def aligned(sets: Sets, **tables: Any) -> dict[str, list[str]]:
+    """The ids that every party ends with, in its order."""
+    found = play(roles(sets), agree(len(sets), **tables), identities=parties(len(sets)))
+    return {name: [sets[name][row] for row in found[name].rows] for name in sets}
+
+
+def plain_join(sets: Sets) -> set[str]:
+    tables = [pd.DataFrame({"id": ids}, dtype=str) for ids in sets.values()]
+    joined = tables[0]
+    for table in tables[1:]:
+        joined = joined.merge(table, on="id", how="inner", validate="one_to_one")
+    return set(joined["id"])
+
+
+def same_as_plain_join(sets: Sets) -> None:
+    found = aligned(sets)
+    orders = list(found.values())
+    assert all(order == orders[0] for order in orders)
+    assert sorted(orders[0]) == sorted(plain_join(sets))
+
+
+def ids(*numbers: int) -> list[str]:
+    """Customers start .. stop - 1, in an order that says nothing."""
+    order = np.random.default_rng(sum(numbers)).permutation(np.arange(*numbers))
+    return [f"customer {number}" for number in order]
+
+
+SHAPES = {
+    "1 row": [(0, 30), (29, 60), (29, 40), (20, 30)],
+    "50 percent": [(0, 40), (20, 60), (20, 50), (10, 40)],
+    "100 percent": [(0, 30)] * 4,
+    "one much larger": [(0, 8), (0, 900), (2, 9), (0, 20)],
+    "much larger hub": [(0, 900), (5, 12), (0, 8), (0, 20)],
+}
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_rows_as_a_plain_join_in_one_order(shape: str, count: int) -> None:
+    same_as_plain_join({name: ids(*span) for name, span in zip(NAMES[:count], SHAPES[shape], strict=False)})
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("empty", [False, True], ids=["0 percent", "one side empty"])
+def test_nothing_in_common_is_refused_and_names_no_size(empty: bool, count: int) -> None:
+    sets = {name: [] if empty and place == 1 else ids(100 * place, 100 * place + 20) for place, name in
+            enumerate(NAMES[:count])}
+    found = outcomes(roles(sets), agree(count), parties(count))
+    assert plain_join(sets) == set()
+    assert {type(result) for result in found.values()} == {Refused}
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(2, 4).flatmap(
+        lambda k: st.lists(st.lists(st.text(max_size=6), unique=True, max_size=12), min_size=k, max_size=k)
+    )
+)
+def test_any_text_is_an_id(lists: list[list[str]]) -> None:
+    shared = ["shared", "é" * 3]  # so that the intersection is never below the minimum
+    sets = {name: list(dict.fromkeys(shared + values)) for name, values in zip(NAMES, lists, strict=False)}
+    same_as_plain_join(sets)
+
+
+def test_more_points_than_fit_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("messages", "exchange", "align"):
+        monkeypatch.setattr(f"psi.{module}.PART", 50, raising=False)
+    monkeypatch.setattr("psi.messages.parts.__defaults__", (50,))
+    monkeypatch.setattr("psi.messages.part_count.__defaults__", (50,))
+    monkeypatch.setattr("psi.align.POSITIONS", 40)
+    mesh: dict[str, dict[str, MemoryLink]] = {}
+    sets = {"bank": ids(0, 70), "grocer": ids(20, 400), "mill": ids(0, 60)}
+    found = play(roles(sets), agree(3), identities=parties(3), recorded=mesh)
+    orders = [[sets[name][row] for row in found[name].rows] for name in sets]
+    assert orders[0] == orders[1] == orders[2]
+    assert set(orders[0]) == plain_join(sets)
+    sent = [kind for kind, _, _ in frames(mesh, "grocer", "mill")]
+    assert sent.count("MaskedPoints") == 11 + 4  # its own 508 points, then the bank's 198
+    assert [kind for kind, _, _ in frames(mesh, "mill", "grocer")].count("Positions") == 3
+
+
+# ---- orders, tokens and replay
+
+
+def frames(mesh: Mapping[str, Mapping[str, MemoryLink]], sender: str, receiver: str) -> list[tuple[str, Header, bytes]]:
+    """What one party sent to another: kind, header, payload."""
+    return [
+        (kind_name(header.kind), header, payload)
+        for header, payload in ((parse_header(head), payload) for head, payload in mesh[sender][receiver].sent)
+    ]
+
+
+SETS = {"bank": ids(0, 40), "grocer": ids(10, 60), "mill": ids(5, 45)}
+
+
+def record(seed: str | None = "replay", nonce: str | None = "nonce", count: int = 3) -> tuple[dict[str, Any], Any]:
+    mesh: dict[str, dict[str, MemoryLink]] = {}
+    sets = {name: SETS[name] for name in NAMES[:count]}
+    given = None if nonce is None else nonces(count, nonce)
+    return outcomes(roles(sets, seed), agree(count), parties(count), nonces=given, recorded=mesh), mesh
+
+
+def wire(mesh: Mapping[str, Mapping[str, MemoryLink]]) -> dict[tuple[str, str], list[tuple[bytes, bytes]]]:
+    return {(me, peer): link.sent for me, links in mesh.items() for peer, link in links.items()}
+
+
+@pytest.fixture(scope="module")
+def honest() -> tuple[dict[str, Any], Any]:
+    return record()
+
+
+def test_same_nonces_and_randomness_replay_byte_for_byte(honest: tuple[dict[str, Any], Any]) -> None:
+    again = record()
+    assert wire(again[1]) == wire(honest[1])
+    assert all(np.array_equal(again[0][name].rows, honest[0][name].rows) for name in SETS)
+
+
+def payloads(mesh: Any, kind: str) -> set[bytes]:
+    return {
+        payload[start : start + 32]
+        for sender, links in mesh.items()
+        for receiver in links
+        for name, _, payload in frames(mesh, sender, receiver)
+        if name == kind
+        for start in range(0, len(payload), 32)
+    }
+
+
+@pytest.mark.parametrize(("seed", "nonce"), [("replay", "another"), ("another", "nonce")])
+def test_a_fresh_nonce_or_fresh_randomness_gives_other_points_and_another_order(
+    seed: str, nonce: str, honest: tuple[dict[str, Any], Any]
+) -> None:
+    other = record(seed, nonce)
+    assert not payloads(other[1], "MaskedPoints") & payloads(honest[1], "MaskedPoints")
+    assert not payloads(other[1], "Tokens") & payloads(honest[1], "Tokens")
+    ours, theirs = (run[0]["bank"].rows.tolist() for run in (other, honest))
+    assert sorted(ours) == sorted(theirs)
+    assert ours != theirs
+
+
+def test_row_order_does_not_follow_anybodys_input_order() -> None:
+    values = [f"{number:04}" for number in range(300)]
+    found = play(roles({"bank": values, "grocer": values[::-1]}), agree(2), identities=parties(2))
+    place = found["bank"].rows.astype(float)
+    assert abs(np.corrcoef(place, np.arange(300))[0, 1]) < 0.3  # 5 standard deviations
+    assert (np.diff(place) == 1).sum() < 15
+
+
+def test_no_id_is_on_the_wire_plain_hashed_or_as_an_unmasked_point(honest: tuple[dict[str, Any], Any]) -> None:
+    from psi.group import hash_to_points
+    from psi.identifiers import encode
+
+    session = frames(honest[1], "bank", "grocer")[-1][1].session
+    inputs = [encode(session, "id/customer/text/1", value) for value in SETS["bank"][:10]]
+    unmasked = {point.tobytes() for point in hash_to_points(inputs)}
+    sent = b"".join(head + payload for links in wire(honest[1]).values() for head, payload in links)
+    assert not any(needle in sent for needle in [*unmasked, *inputs, b"customer"])
+
+
+# ---- one altered byte
+
+
+def alter(sender: str, receiver: str, number: int, where: str) -> Any:
+    """Change one byte of one message: somewhere in the payload, or the header's last byte, which is a field's."""
+    seen = {"count": 0}
+
+    def tamper(me: str, peer: str, head: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        if (me, peer) == (sender, receiver):
+            seen["count"] += 1
+            if seen["count"] == number + 1:
+                if where == "payload":
+                    middle = len(payload) // 2
+                    return head, payload[:middle] + bytes([payload[middle] ^ 1]) + payload[middle + 1 :]
+                at = {"number": head.index(b"\xc4\x20", 80) - 1, "field": len(head) - 1, "digest": 40}[where]
+                return head[:at] + bytes([head[at] ^ 1]) + head[at + 1 :], payload
+        return head, payload
+
+    return tamper
+
+
+def altered() -> list[Any]:
+    """Every message of a three-party run between hub and holder, in both directions, altered in each way it can be."""
+    cases = []
+    for sender, receiver in (("bank", "grocer"), ("grocer", "bank"), ("mill", "grocer")):
+        mesh = record()[1]
+        for number, (kind, _, payload) in enumerate(frames(mesh, sender, receiver)):
+            if kind not in ("Closing", "Hello"):
+                ways = ["digest", "field"] + ["payload"] * bool(payload)
+                cases += [
+                    pytest.param(sender, receiver, number, way, id=f"{sender}-{receiver}-{number}-{kind}-{way}")
+                    for way in ways
+                ]
+    return cases
+
+
+def no_rows(results: Mapping[str, Any]) -> bool:
+    return all(isinstance(result, ColonnadeError) for result in results.values())
+
+
+@pytest.mark.parametrize(("sender", "receiver", "number", "where"), altered())
+def test_one_altered_byte_stops_everybody(sender: str, receiver: str, number: int, where: str) -> None:
+    sets = roles(SETS, "replay")
+    tamper = alter(sender, receiver, number, where)
+    found = outcomes(sets, agree(3), parties(3), nonces=nonces(3), tamper=tamper)
+    assert no_rows(found)
+    assert any(isinstance(result, ProtocolViolation) for result in found.values())
+    assert all(isinstance(result, (ProtocolViolation, PeerAborted)) for result in found.values())

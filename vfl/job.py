@@ -148,7 +148,10 @@ def train(session: Session, prepared: Prepared, minimum: int = 0) -> Outcome:
 
 
 def score(session: Session, prepared: Prepared, model: VerticalLogisticRegression, minimum: int = 0) -> Outcome:
-    """Align new rows and score them; the scores stay with the label holder."""
+    """Align new rows and score them; the scores stay with the label holder.
+
+    Reveals: what `align` and `VerticalLogisticRegression.decision_function` reveal; no more.
+    """
     alignment, report = _align(session, prepared, minimum)
     features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
     scaler = None if model.scaler_ is None else _restored(model.scaler_)

@@ -27,12 +27,14 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
 class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A party as all see it. `endpoint` is where it listens; empty: it only connects."""
+    """A party as all see it. `endpoint` is where it listens (empty: it only connects); `columns` is the most that a
+    feature holder may bring (0: no more than rows)."""
 
     name: str
     role: Literal["label holder", "feature holder"]
     public_key: str
     endpoint: str = ""
+    columns: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -174,7 +176,7 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return self.party(name).identity.signed("approval", self.digest, signature)
 
 
-def flatten(agreement: Agreement | dict[str, Any]) -> dict[str, Any]:
+def flatten(agreement: Agreement) -> dict[str, Any]:
     """`{"model.C": 1.0, "parties.bank.role": ...}`: every field by its path."""
     plain = msgspec.to_builtins(agreement)
     flat: dict[str, Any] = {}
@@ -195,13 +197,15 @@ def flatten(agreement: Agreement | dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(ours: Agreement, theirs: bytes) -> list[tuple[str, Any, Any]]:
-    """Field by field: path, our value, theirs (from canonical bytes); None where a side lacks it. Raises ValueError."""
+    """Field by field: path, our value, theirs (from canonical bytes); None where a side lacks it.
+
+    Raises:
+        ValueError: the text is no agreement of this version; nothing unchecked is looked at.
+    """
     try:
-        other = msgspec.json.decode(theirs)
-    except msgspec.MsgspecError:
-        raise ValueError("the agreement's text does not parse") from None
-    if not isinstance(other, dict):
-        raise ValueError("the agreement's text is not a table")
+        other = msgspec.json.decode(theirs, type=Agreement)
+    except (msgspec.MsgspecError, RecursionError):
+        raise ValueError("the text of its agreement is not one of this version of Colonnade") from None
     left, right = flatten(ours), flatten(other)
     return [
         (path, left.get(path), right.get(path))

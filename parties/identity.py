@@ -43,9 +43,9 @@ class PublicIdentity:
             raw = base64.urlsafe_b64decode(text.removeprefix(_PREFIX) + "==")
         except (binascii.Error, ValueError):
             raw = b""
-        if not text.startswith(_PREFIX) or len(raw) != 64:
+        if len(raw) != 64 or str(identity := cls(raw[:32], raw[32:])) != text:  # one spelling a key
             raise ValueError(f"not a public key: it begins with {_PREFIX!r} and is printed by 'colonnade keygen'")
-        return cls(raw[:32], raw[32:])
+        return identity
 
     def __str__(self) -> str:
         return _PREFIX + base64.urlsafe_b64encode(self.curve + self.verify).decode().rstrip("=")

@@ -134,7 +134,7 @@ def parse_header(head: bytes) -> Header:
         raise ValueError("the header is too long")
     try:
         header = msgspec.msgpack.decode(head, type=Header)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):  # deep nesting is a peer's fault too
         raise ValueError("the header does not parse") from None
     if header.version != VERSION:
         raise ValueError(f"protocol version {header.version}, not {VERSION}")
@@ -162,7 +162,7 @@ def decode(header: Header, payload: bytes, expected: type[M]) -> M:
         raise ValueError(f"{expected.__name__}: the array's dtype or dimensions differ")
     try:
         scalars = msgspec.msgpack.decode(header.fields, type=_scalar_types(expected))
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         raise ValueError(f"{expected.__name__}: its fields do not parse") from None
     values: dict[str, Any] = dict(zip(_scalars(expected), scalars, strict=True))
     if expected.dtype:

@@ -33,6 +33,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What we refuse although the agreement would allow it."""
 
     minimum_intersection: Count = 0
+    minimum_to_score: Count = 0
     minimum_key_bits: Count = 0
     maximum_exchanges: Annotated[int, Meta(ge=1)] = 1_000_000
     forbid: tuple[Literal["plaintext", "aggregate", "masked", "ciphertext"], ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,8 @@ class Hello(Message):
     nonce: bytes
 
     def __post_init__(self) -> None:
-        if (len(self.digest), len(self.approval), len(self.nonce)) != (32, 64, 32) or len(self.task) > 128:
+        sizes = len(self.digest), len(self.approval), len(self.nonce)
+        if sizes != (32, 64, 32) or not re.fullmatch(r"[a-z0-9 ]{1,64}", self.task):
             raise ValueError("Hello holds a digest, a signature, a task and a nonce")
 
 
@@ -50,8 +52,8 @@ class AgreementText(Message):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data.size > 1 << 20:
-            raise ValueError("an agreement is at most 1 MiB")
+        if self.data.size > 1 << 16:
+            raise ValueError("an agreement is at most 64 KiB")
 
 
 @kind(4, "control")

@@ -82,6 +82,8 @@ def align(
     if len(real) != size:
         raise ProtocolViolation("our private decoys are in the intersection: a party claims rows that it lacks")
     _order_test(session, [inputs[row] for row in rows], randomness)
+    session.broadcast(Gate(True))  # nobody uses rows before everybody's checks have passed
+    _all_open(session, "did not confirm the intersection")
     return Alignment(
         rows=real.astype(np.int64),
         set_sizes=dict(zip(ring.names, ring.sizes, strict=True)),
@@ -100,8 +102,8 @@ def _gate(session: Session, ring: Ring, positions: list[Array] | None, agreed: i
     """The hub tells the size; all gates must say yes. Below the agreed minimum only that is told, and all stop."""
     if positions is not None:
         size = len(positions[0]) - CANARIES
-        if size < 0:
-            raise ProtocolViolation("canaries are missing from the intersection: a party did not use its own set")
+        if not 0 <= size <= min(ring.sizes) - CANARIES - session.agreement.intersection.decoys:
+            raise ProtocolViolation("the intersection lacks canaries or is too large: a party did not use its own set")
         session.broadcast(IntersectionSize(size if size >= agreed else -1))
         size = size if size >= agreed else -1
     else:
@@ -111,12 +113,16 @@ def _gate(session: Session, ring: Ring, positions: list[Array] | None, agreed: i
     if size < agreed or size + CANARIES + session.agreement.intersection.decoys > min(ring.sizes):
         raise ProtocolViolation(f"{ring.names[0]} tells a size that cannot be", peer=ring.names[0])
     session.broadcast(Gate(size >= ours))
-    closed = [name for name, gate in session.gather(Gate).items() if not gate.open]
     if size < ours:
         raise Refused(f"the intersection of {size} rows is below our own minimum of {ours}; nothing was revealed")
-    if closed:
-        raise Refused(f"{closed[0]}'s own policy does not let these rows be revealed; ask them", peer=closed[0])
+    _all_open(session, "does not let these rows be revealed: its own policy")
     return size
+
+
+def _all_open(session: Session, otherwise: str) -> None:
+    closed = [name for name, gate in session.gather(Gate).items() if not gate.open]
+    if closed:
+        raise Refused(f"{closed[0]} {otherwise}; ask them", peer=closed[0])
 
 
 def _reveal(ring: Ring, positions: list[Array] | None, count: int) -> Array:

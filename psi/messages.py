@@ -68,7 +68,7 @@ class IntersectionSize(Message):
 @kind(104, "control")
 @dataclass(frozen=True, eq=False)
 class Gate(Message):
-    """4. Whether our policy lets the rows be revealed, given the size."""
+    """4. Whether our policy lets the rows be revealed, given the size. 6. That our checks have all passed."""
 
     open: bool
 

@@ -14,7 +14,25 @@ from parties.identity import Identity
 from parties.memory import make_agreement
 
 NAMES = ("bank", "grocer", "mill", "press")
-IDENTITIES = {name: Identity.generate(name) for name in NAMES}
+
+
+class Stream:
+    """Deterministic randomness: `Stream("a")(32)` gives 32 bytes, other ones at every call, the same in every run."""
+
+    def __init__(self, seed: str) -> None:
+        self._seed, self._calls = seed.encode(), 0
+
+    def __call__(self, size: int) -> bytes:
+        self._calls += 1
+        return hashlib.shake_256(self._seed + b"/" + str(self._calls).encode()).digest(size)
+
+
+def nonces(count: int, seed: str = "nonce") -> dict[str, bytes]:
+    """For the first `count` parties: with them and a Stream for each a session replays."""
+    return {name: Stream(f"{seed}/{name}")(32) for name in NAMES[:count]}
+
+
+IDENTITIES = {name: Identity._from_secrets(name, Stream(f"{name}/c")(32), Stream(f"{name}/s")(32)) for name in NAMES}
 
 
 @pytest.fixture(scope="session")
@@ -32,24 +50,10 @@ def agree(count: int, **tables: Any) -> Agreement:
     """An agreement of the first `count` parties: any intersection is large enough, and nobody waits for long."""
     tables["intersection"] = {"minimum": 1} | tables.get("intersection", {})
     tables["deadlines"] = {"message": 20.0} | tables.get("deadlines", {})
+    tables.setdefault("expires", "2999-12-31")  # the same agreement, hence the same session ids, every day
     return make_agreement(parties(count), **tables)
 
 
 def changed(agreement: Agreement, **fields: Any) -> Agreement:
     """A copy with other top-level fields, checked as if it were read from a file."""
     return msgspec.convert(msgspec.to_builtins(agreement) | fields, Agreement)
-
-
-class Stream:
-    """Deterministic randomness: `Stream("a")(32)` gives 32 bytes, other ones at every call, the same in every run."""
-
-    def __init__(self, seed: str) -> None:
-        self._seed, self._calls = seed.encode(), 0
-
-    def __call__(self, size: int) -> bytes:
-        self._calls += 1
-        return hashlib.shake_256(self._seed + b"/" + str(self._calls).encode()).digest(size)
-
-
-def nonces(count: int, seed: str = "nonce") -> dict[str, bytes]:
-    return {name: Stream(f"{seed}/{name}")(32) for name in NAMES[:count]}

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import msgspec
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import NAMES, Stream, agree, nonces, parties
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +16,10 @@ from parties.memory import MemoryLink, outcomes, play
 from parties.message import Header, decode, parse_header
 from parties.message import name_of as kind_name
 from psi.align import Alignment, align
+from psi.group import hash_to_points
+from psi.identifiers import encode
 from psi.messages import IntersectionSize
+from tests.conftest import NAMES, Stream, agree, nonces, parties
 
 Sets = Mapping[str, list[str]]
 
@@ -80,8 +81,10 @@ def test_same_rows_as_a_plain_join_in_one_order(shape: str, count: int) -> None:
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("empty", [False, True], ids=["0 percent", "one side empty"])
 def test_nothing_in_common_is_refused_and_names_no_size(empty: bool, count: int) -> None:
-    sets = {name: [] if empty and place == 1 else ids(100 * place, 100 * place + 20) for place, name in
-            enumerate(NAMES[:count])}
+    sets = {
+        name: [] if empty and place == 1 else ids(100 * place, 100 * place + 20)
+        for place, name in enumerate(NAMES[:count])
+    }
     found = outcomes(roles(sets), agree(count), parties(count))
     assert plain_join(sets) == set()
     assert {type(result) for result in found.values()} == {Refused}
@@ -113,7 +116,7 @@ def test_more_points_than_fit_in_one_message(monkeypatch: pytest.MonkeyPatch) ->
     assert set(orders[0]) == plain_join(sets)
     sent = [kind for kind, _, _ in frames(mesh, "grocer", "mill")]
     assert sent.count("MaskedPoints") == 11 + 4  # its own 508 points, then the bank's 198
-    assert [kind for kind, _, _ in frames(mesh, "mill", "grocer")].count("Positions") == 3
+    assert [kind for kind, _, _ in frames(mesh, "mill", "grocer")].count("Positions") == 2 * 3  # of two sets, 94 each
 
 
 # ---- orders, tokens and replay
@@ -184,9 +187,6 @@ def test_row_order_does_not_follow_anybodys_input_order() -> None:
 
 
 def test_no_id_is_on_the_wire_plain_hashed_or_as_an_unmasked_point(honest: tuple[dict[str, Any], Any]) -> None:
-    from psi.group import hash_to_points
-    from psi.identifiers import encode
-
     session = frames(honest[1], "bank", "grocer")[-1][1].session
     inputs = [encode(session, "id/customer/text/1", value) for value in SETS["bank"][:10]]
     unmasked = {point.tobytes() for point in hash_to_points(inputs)}
@@ -198,47 +198,154 @@ def test_no_id_is_on_the_wire_plain_hashed_or_as_an_unmasked_point(honest: tuple
 
 
 def alter(sender: str, receiver: str, number: int, where: str) -> Any:
-    """Change one byte of one message: somewhere in the payload, or the header's last byte, which is a field's."""
-    seen = {"count": 0}
+    """Change one bit of one message: in its payload, in whom its header names, or in the header's last field."""
+    left = [number]
 
     def tamper(me: str, peer: str, head: bytes, payload: bytes) -> tuple[bytes, bytes]:
-        if (me, peer) == (sender, receiver):
-            seen["count"] += 1
-            if seen["count"] == number + 1:
-                if where == "payload":
-                    middle = len(payload) // 2
-                    return head, payload[:middle] + bytes([payload[middle] ^ 1]) + payload[middle + 1 :]
-                at = {"number": head.index(b"\xc4\x20", 80) - 1, "field": len(head) - 1, "digest": 40}[where]
-                return head[:at] + bytes([head[at] ^ 1]) + head[at + 1 :], payload
-        return head, payload
+        if (me, peer) != (sender, receiver):
+            return head, payload
+        left[0] -= 1
+        if left[0] != -1:
+            return head, payload
+        if where == "payload":
+            return head, flipped(payload, len(payload) // 2)
+        return flipped(head, {"names": 40, "field": len(head) - 1}[where]), payload
 
     return tamper
 
 
-def altered() -> list[Any]:
-    """Every message of a three-party run between hub and holder, in both directions, altered in each way it can be."""
-    cases = []
-    for sender, receiver in (("bank", "grocer"), ("grocer", "bank"), ("mill", "grocer")):
-        mesh = record()[1]
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def every_message(*unless: str) -> list[Any]:
+    """Of a three-party run, what passes between hub and holder and down the ring, altered in every way it can be."""
+    mesh, cases = record()[1], []
+    for sender, receiver in (("bank", "grocer"), ("grocer", "bank"), ("mill", "bank")):
         for number, (kind, _, payload) in enumerate(frames(mesh, sender, receiver)):
-            if kind not in ("Closing", "Hello"):
-                ways = ["digest", "field"] + ["payload"] * bool(payload)
-                cases += [
-                    pytest.param(sender, receiver, number, way, id=f"{sender}-{receiver}-{number}-{kind}-{way}")
-                    for way in ways
-                ]
+            for way in ["names", "field"] + ["payload"] * bool(payload):
+                if kind not in unless and f"{kind} {way}" not in unless:
+                    name = f"{sender}-{receiver}-{number}-{kind}-{way}"
+                    cases.append(pytest.param(sender, receiver, number, way, id=name))
     return cases
 
 
-def no_rows(results: Mapping[str, Any]) -> bool:
-    return all(isinstance(result, ColonnadeError) for result in results.values())
-
-
-@pytest.mark.parametrize(("sender", "receiver", "number", "where"), altered())
-def test_one_altered_byte_stops_everybody(sender: str, receiver: str, number: int, where: str) -> None:
-    sets = roles(SETS, "replay")
+def run_altered(sender: str, receiver: str, number: int, where: str) -> dict[str, Any]:
     tamper = alter(sender, receiver, number, where)
-    found = outcomes(sets, agree(3), parties(3), nonces=nonces(3), tamper=tamper)
-    assert no_rows(found)
+    return outcomes(roles(SETS, "replay"), agree(3), parties(3), nonces=nonces(3), tamper=tamper)
+
+
+@pytest.mark.parametrize(("sender", "receiver", "number", "where"), every_message("Closing", "Gate field"))
+def test_one_altered_byte_stops_everybody(sender: str, receiver: str, number: int, where: str) -> None:
+    found = run_altered(sender, receiver, number, where)
     assert any(isinstance(result, ProtocolViolation) for result in found.values())
     assert all(isinstance(result, (ProtocolViolation, PeerAborted)) for result in found.values())
+
+
+def test_a_gate_altered_to_no_stops_everybody_too() -> None:
+    found = run_altered("grocer", "bank", 3, "field")
+    assert isinstance(found["bank"], Refused)
+    assert found["bank"].peer == "grocer"
+    assert all(isinstance(result, ColonnadeError) for result in found.values())
+
+
+@pytest.mark.parametrize("where", ["names", "field"])
+def test_whoever_gets_an_altered_last_message_releases_nothing(where: str) -> None:
+    """Nothing follows the last message, so its sender cannot learn that it was altered."""
+    assert isinstance(run_altered("bank", "grocer", 9, where)["grocer"], ProtocolViolation)
+
+
+# ---- minimum, caps, evidence
+
+
+def sizes_on_the_wire(mesh: Any, count: int) -> list[int]:
+    return [
+        decode(header, payload, IntersectionSize).rows
+        for peer in NAMES[1:count]
+        for kind, header, payload in frames(mesh, "bank", peer)
+        if kind == "IntersectionSize"
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_below_the_minimum_the_others_are_told_only_that(count: int) -> None:
+    mesh: dict[str, dict[str, MemoryLink]] = {}
+    sets = {name: SETS[name] for name in NAMES[:count]}
+    agreement = agree(count, intersection={"minimum": 100})
+    found = outcomes(roles(sets), agreement, parties(count), recorded=mesh)
+    assert {type(result) for result in found.values()} == {Refused}
+    assert sizes_on_the_wire(mesh, count) == [-1] * (count - 1)
+    kinds = {kind for me, links in mesh.items() for peer in links for kind, _, _ in frames(mesh, me, peer)}
+    assert not kinds & {"Gate", "Positions", "OrderPoint"}
+    assert not any("30" in str(result) for result in found.values())
+
+
+def test_the_minimum_itself_is_enough() -> None:
+    size = len(plain_join(SETS))
+    assert len(aligned(SETS, intersection={"minimum": size})["mill"]) == size
+    found = outcomes(roles(SETS), agree(3, intersection={"minimum": size + 1}), parties(3))
+    assert {type(result) for result in found.values()} == {Refused}
+
+
+@pytest.mark.parametrize("strict", NAMES[:3])
+def test_one_partys_stricter_minimum_closes_the_gate_for_all(strict: str) -> None:
+    mesh: dict[str, dict[str, MemoryLink]] = {}
+    found = outcomes(roles(SETS, minimum={strict: 500}), agree(3), parties(3), recorded=mesh)
+    assert {type(result) for result in found.values()} <= {Refused, PeerAborted}
+    assert {result.exit_code for result in found.values()} == {3}
+    assert "our own minimum of 500" in str(found[strict])
+    kinds = {kind for me, links in mesh.items() for peer in links for kind, _, _ in frames(mesh, me, peer)}
+    assert "Positions" not in kinds
+
+
+def test_a_partys_laxer_minimum_changes_nothing() -> None:
+    agreement = agree(3, intersection={"minimum": 100})
+    found = outcomes(roles(SETS, minimum=dict.fromkeys(SETS, 1)), agreement, parties(3))
+    assert {type(result) for result in found.values()} == {Refused}
+
+
+def test_scoring_has_a_minimum_of_its_own() -> None:
+    agreement = agree(2, intersection={"minimum": 100, "minimum_to_score": 5})
+    sets = {name: SETS[name] for name in NAMES[:2]}
+    found = outcomes(roles(sets), agreement, parties(2), task="score")
+    assert {len(result.rows) for result in found.values()} == {30}
+
+
+def test_a_set_above_the_cap_is_never_sent() -> None:
+    mesh: dict[str, dict[str, MemoryLink]] = {}
+    agreement = agree(3, intersection={"maximum_rows": 45})
+    found = outcomes(roles(SETS), agreement, parties(3), recorded=mesh)
+    assert isinstance(found["grocer"], LocalError)
+    assert all(isinstance(result, ColonnadeError) for result in found.values())
+    assert "SetSize" not in [kind for kind, _, _ in frames(mesh, "grocer", "bank")]
+
+
+def test_evidence_agrees_between_the_parties(honest: tuple[dict[str, Any], Any]) -> None:
+    found = honest[0]
+    assert {name: len(values) + 128 for name, values in SETS.items()} == found["bank"].set_sizes
+    assert found["bank"].set_sizes == found["grocer"].set_sizes == found["mill"].set_sizes
+
+    def flows(owner: str, direction: str, peer: str) -> list[tuple[Any, ...]]:
+        return sorted(
+            (flow.what, flow.owner, flow.count, flow.digest)
+            for flow in found[owner].flows
+            if (flow.direction, flow.peer) == (direction, peer)
+        )
+
+    seen = 0
+    for sender in SETS:
+        for receiver in set(SETS) - {sender}:
+            sent = flows(sender, "sent", receiver)
+            assert sent == flows(receiver, "received", sender)
+            seen += len(sent)
+    assert seen == sum(len(result.flows) for result in found.values()) / 2 == 6 + 2 + 2 + 6
+
+
+def test_more_decoys_when_agreed() -> None:
+    found = play(roles(SETS), agree(3, intersection={"decoys": 200}), identities=parties(3))
+    assert found["mill"].set_sizes["bank"] == 40 + 64 + 200
+
+
+def test_neither_errors_nor_evidence_show_an_id_or_a_row() -> None:
+    found = play(roles(SETS), agree(3), identities=parties(3))
+    assert all("customer" not in repr(result) and "array" not in repr(result) for result in found.values())

@@ -1,4 +1,4 @@
-"""Training in memory, for the tests of models: tables, oracles that know nothing of us, frames and how to alter them."""
+"""Training in memory, for the tests of models: tables, oracles independent of ours, frames and how to alter them."""
 
 from __future__ import annotations
 

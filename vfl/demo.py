@@ -100,6 +100,7 @@ def write_parties(folder: Path, key_bits: int) -> dict[str, pd.DataFrame]:
     parties = "".join(
         f'\n[[parties]]\nname = "{name}"\nrole = "{"label" if name == LABEL_HOLDER else "feature"} holder"\n'
         f'public_key = "{identity.public}"\nendpoint = "tcp://127.0.0.1:{port}"\n'
+        + ("" if name == LABEL_HOLDER else f"columns = {tables[name].shape[1] - 1}\n")
         for (name, identity), port in zip(identities.items(), ports, strict=True)
     )
     expires = (datetime.now(UTC) + timedelta(days=1)).date()

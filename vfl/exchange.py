@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from parties.agreement import Agreement
-from parties.channel import Channel
-from parties.errors import blame
+from parties.errors import LocalError, blame
 from parties.session import Session
-from vfl.encryption.fixedpoint import quantise, restore
+from vfl.encryption.fixedpoint import quantise, restore, sum_bits
 from vfl.encryption.paillier import ROOTS, PublicKey, SecretKey, check_public_key, generate
 from vfl.encryption.scheme import Fixed, from_wire, to_wire
 from vfl.encryption.weigh import PaillierWeigher, slots
@@ -42,7 +43,11 @@ class Scales:
 
     def features(self, x: Vector) -> Fixed:
         """X in fixed point; |x| below 2^(42 - feature_bits)."""
-        return quantise(x, self.feature_bits, bound_bits=FEATURE_BOUND_BITS, what="features")
+        fixed = quantise(x, self.feature_bits, bound_bits=FEATURE_BOUND_BITS, what="features")
+        largest = max(map(int, np.abs(fixed).sum(axis=0)), default=0)  # no overflow below 2^21 rows of 2^42
+        if sum_bits(largest, 1 << self.residual_bits) + 2 > self.slot_bits:
+            raise LocalError("a column's values are too large for the agreed slots; standardise the features")
+        return fixed
 
 
 def offer_key(session: Session, secret: SecretKey | None = None) -> SecretKey:
@@ -102,7 +107,7 @@ def open_gradients(
         channel.send(OpenedGradient(exchange, opened))
 
 
-def weigh_gradient(channel: Channel, public: PublicKey, x: Fixed, scales: Scales, exchange: int) -> Vector:
+def weigh_gradient(session: Session, public: PublicKey, x: Fixed, scales: Scales, exchange: int) -> Vector:
     """One exchange at a feature holder: X^T R (d,) for our rows x (b, d) in fixed point, R never seen.
 
     Reveals:
@@ -112,7 +117,10 @@ def weigh_gradient(channel: Channel, public: PublicKey, x: Fixed, scales: Scales
         ProtocolViolation: bad ciphertexts, another number of rows, or an opened sum that cannot be.
         LocalError: the sums do not fit the agreed slots.
     """
-    weigher = PaillierWeigher(public, x.shape[1], 1 << scales.residual_bits, slot_bits=scales.slot_bits)
+    weigher = PaillierWeigher(
+        public, x.shape[1], 1 << scales.residual_bits, slot_bits=scales.slot_bits, tick=session.tick
+    )
+    channel = session.channels[session.label_holder]
     with blame(channel.peer):
         for start in range(0, len(x), ROWS_PER_PART):
             part = channel.receive(SealedResidual)

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from sklearn.preprocessing import StandardScaler
 
-from parties.agreement import Agreement, Model
+from parties.agreement import Model
 from parties.errors import LocalError, Refused
 from parties.files import make_folder
 from parties.message import Array
@@ -23,6 +23,7 @@ from parties.tables import Table, read_table
 from psi.align import Alignment, align
 from psi.identifiers import Identifiers, canonical
 from psi.report import make_report
+from vfl.exchange import Scales
 from vfl.linear import VerticalLogisticRegression, check_columns
 from vfl.losses import Vector
 from vfl.metrics import evaluate
@@ -95,14 +96,15 @@ def prepare(
         )
     prepared = Prepared(table, ids)
     if train and not party.is_label_holder:
-        check_columns(prepared.features.to_numpy(), names, agreement.model.minimum_rows_off_mode, _batch(agreement))
+        check_columns(prepared.features.to_numpy(), names, agreement.model.minimum_rows_off_mode, table.source)
+    agreed = agreement.party(party.name).columns
+    if agreed and len(names) > agreed:
+        raise Refused(f"{party.path}: {len(names)} columns; the agreement allows us {agreed}")
+    if train and not agreement.model.standardise:
+        Scales.of(agreement, len(ids.values)).features(prepared.features.to_numpy())
     if train and len(ids.values) <= len(names):
         raise LocalError(f"{table.source}: {len(ids.values)} rows for {len(names)} columns; bring more rows")
     return prepared
-
-
-def _batch(agreement: Agreement) -> int | None:
-    return agreement.model.batch_size if agreement.model.solver == "sgd" else None
 
 
 def estimator(model: Model) -> VerticalLogisticRegression:
@@ -112,7 +114,8 @@ def estimator(model: Model) -> VerticalLogisticRegression:
         fit_intercept=model.fit_intercept,
         solver=model.solver,
         tol=model.tolerance,
-        max_iter=model.max_exchanges if model.solver == "lbfgs" else model.epochs,
+        max_iter=model.max_exchanges,
+        epochs=model.epochs,
         learning_rate=model.learning_rate,
         batch_size=model.batch_size,
         random_state=model.seed,
@@ -190,7 +193,7 @@ def predict(
     prepared = prepare(party, path=path, features=list(model.feature_names_in_), train=False)
     make_folder(party.output)
     with _open(party, approval, f"score with {model.training_[:32]}", progress, note) as session:
-        outcome = score(session, prepared, model)
+        outcome = score(session, prepared, model, party.file.policy.minimum_to_score)
     return _closed(outcome, session), prepared
 
 

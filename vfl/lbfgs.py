@@ -24,7 +24,7 @@ from vfl.encryption.paillier import PublicKey, SecretKey
 from vfl.encryption.scheme import Fixed
 from vfl.exchange import Scales, open_gradients, weigh_gradient
 from vfl.losses import Logistic, Vector
-from vfl.messages import Direction, Step
+from vfl.messages import LARGEST, Direction, Step
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
 
 Matrix = NDArray[np.float64]
@@ -58,8 +58,10 @@ class _History:
         self.gradient: Vector | None = None
         self._pairs: deque[tuple[Vector, Vector]] = deque(maxlen=DEPTH)
         self._step: Vector | None = None
+        self._first = 0.0
 
     def see(self, gradient: Vector) -> None:
+        self._first = self._first or float(np.linalg.norm(gradient))
         if self._step is not None and self.gradient is not None:
             self._pairs.append((self._step, gradient - self.gradient))
         self.gradient = gradient
@@ -69,6 +71,14 @@ class _History:
         """(d, 2h + 1): s_1 .. s_h, y_1 .. y_h, g."""
         steps, differences = [s for s, _ in self._pairs], [y for _, y in self._pairs]
         return np.column_stack([*steps, *differences, self.gradient])  # type: ignore[list-item]
+
+    def expected(self, exchange: int, limits: Limits) -> int:
+        """How many exchanges it may take in all, for the progress bar: the gradient falls about geometrically."""
+        now = float(np.linalg.norm(self.gradient)) if self.gradient is not None else 0.0
+        if not 0 < limits.tolerance < now < self._first:
+            return min(max(exchange + 2, 30), limits.exchanges)
+        total = exchange * np.log(self._first / limits.tolerance) / np.log(self._first / now)
+        return int(min(max(total + 1, exchange + 2), limits.exchanges))
 
     def go(self, direction: Vector, length: float) -> None:
         self._step = length * direction
@@ -100,7 +110,8 @@ def two_loops(gram: Matrix) -> Vector:
     h = (len(gram) - 1) // 2
     direction = np.zeros(len(gram))
     direction[-1] = -1.0
-    if any(gram[i, h + i] <= 0 for i in range(h)):  # rounding at the very end: steepest descent is always safe
+    curvature = [gram[i, h + i] for i in range(h)] + [gram[h + i, h + i] for i in range(h)]
+    if any(value <= 2.0**-70 for value in curvature):  # rounding at the very end: steepest descent is always safe
         return direction
     alpha = np.zeros(h)
     for i in reversed(range(h)):
@@ -156,6 +167,7 @@ def label_holder(
     """
     history = _History(start.copy())
     scores = x @ start
+    length, stuck = 1.0, False
     for exchange in range(limits.exchanges):
         residual = Logistic.derivative(scores, y)
         open_gradients(session, secret, residual, columns, scales, exchange)
@@ -163,18 +175,22 @@ def label_holder(
         penalised = (1 - free) * history.weights
         basis = history.basis
         ours = _packed(*_scalars(basis, penalised))
-        gram, cross, square = _unpacked(np.array(ours) + sum_scalars(session, len(ours), exchange), basis.shape[1])
+        theirs = sum_scalars(session, len(ours), exchange)
+        if (np.diag(_unpacked(theirs, basis.shape[1])[0]) < -(2.0**-70)).any():
+            raise ProtocolViolation("the feature holders' scalar products cannot be: a square is negative")
+        gram, cross, square = _unpacked(np.array(ours) + theirs, basis.shape[1])
         norm = float(np.sqrt(max(gram[-1, -1], 0.0)))
         converged = norm <= limits.tolerance
-        last = converged or exchange + 1 == limits.exchanges
-        session.advance(exchange + 1, exchange + 1 if last else limits.exchanges)
+        last = converged or stuck or exchange + 1 == limits.exchanges
+        session.advance(exchange + 1, exchange + 1 if last else history.expected(exchange, limits))
         if last:
             session.broadcast(Direction(exchange, converged, np.empty(0)))
             objective = Logistic.value(scores, y) + penalty / 2 * square
             return Result(history.weights, exchange + 1, converged, objective, norm)
-        coefficients = two_loops(gram)
-        if coefficients @ gram[:, -1] >= 0:
-            coefficients = np.where(np.arange(len(gram)) == len(gram) - 1, -1.0, 0.0)
+        steepest = np.where(np.arange(len(gram)) == len(gram) - 1, -1.0, 0.0)
+        coefficients = steepest if length == 0 else two_loops(gram)
+        if not (coefficients @ gram[:, -1] < 0 and np.abs(coefficients).max() < LARGEST):
+            coefficients = steepest
         session.broadcast(Direction(exchange, False, coefficients))
         direction = basis @ coefficients
         along = x @ direction + sum_embeddings(session, len(y), exchange)
@@ -182,6 +198,7 @@ def label_holder(
         linear = penalty * float(coefficients @ cross)
         quadratic = penalty * (float(coefficients @ gram @ coefficients) - not_penalised)
         length = _exact_step(scores, along, y, linear, quadratic)
+        stuck = length == 0 and bool((coefficients == steepest).all())  # at the floor of the fixed point
         session.broadcast(Step(exchange, length))
         history.go(direction, length)
         scores = scores + length * along
@@ -212,12 +229,12 @@ def feature_holder(
     )  # the X that is weighed, so that F and its gradient fit
     history = _History(np.zeros(x.shape[1]))
     for exchange in range(limits.exchanges):
-        gradient = weigh_gradient(channel, public, x, scales, exchange)
+        gradient = weigh_gradient(session, public, x, scales, exchange)
         history.see(gradient / len(x) + penalty * history.weights)
         basis = history.basis
         contribution.send_scalars(_packed(*_scalars(basis, history.weights)), exchange)
         order = channel.receive(Direction)
-        session.advance(exchange + 1, limits.exchanges if len(order.data) else exchange + 1)
+        session.advance(exchange + 1, history.expected(exchange, limits) if len(order.data) else exchange + 1)
         with blame(channel.peer):
             if order.exchange != exchange or len(order.data) not in (0, basis.shape[1]):
                 raise ValueError("a direction of another step or size than is due")
@@ -226,10 +243,13 @@ def feature_holder(
         if exchange + 1 == limits.exchanges:
             break
         direction = basis @ order.data
+        with blame(channel.peer):
+            if not np.abs(direction).max() < LARGEST:
+                raise ValueError("a direction that cannot be")
         contribution.send_embedding(exact @ direction, exchange)
         step = channel.receive(Step)
         with blame(channel.peer):
-            if step.exchange != exchange:
-                raise ValueError("a step of another exchange than is due")
+            if step.exchange != exchange or not np.abs(step.length * direction).max() < LARGEST:
+                raise ValueError("a step that is not due or cannot be")
         history.go(direction, step.length)
     raise ProtocolViolation(f"{channel.peer} wants more than {limits.exchanges} exchanges", peer=channel.peer)

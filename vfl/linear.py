@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
@@ -21,6 +22,7 @@ from parties.files import write_whole
 from parties.session import Session
 from vfl import lbfgs, sgd
 from vfl.encryption.paillier import SecretKey
+from vfl.encryption.scheme import Fixed
 from vfl.exchange import Scales, accept_key, offer_key
 from vfl.lbfgs import Limits, Matrix, Result
 from vfl.losses import Vector
@@ -28,6 +30,7 @@ from vfl.messages import Plan
 from vfl.secure_sum import Contribution, sum_embeddings
 
 log = logging.getLogger("colonnade")
+FEW_SCORES = 10
 
 
 class ModelShare(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -58,8 +61,8 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         fit_intercept: the intercept belongs to the label holder and is not penalised.
         solver: "lbfgs" (full batch, to the optimum) or "sgd" (mini-batches).
         tol: lbfgs stops when the 2-norm of the gradient of F / (C n) is at most this.
-        max_iter: the most encrypted exchanges of lbfgs, or the epochs of sgd.
-        learning_rate, batch_size, random_state: sgd only; random_state is shared, it is no secret.
+        max_iter: the most encrypted exchanges; sgd that needs more is refused.
+        epochs, learning_rate, batch_size, random_state: sgd only; random_state is shared, it is no secret.
         minimum_rows_off_mode: a column with fewer rows that differ from its most frequent value is refused: its
             gradient would give those rows' residuals, hence labels, to its own holder.
         allow_reconstruction: with one feature holder, go beyond as many exchanges as it has columns, although the label
@@ -79,6 +82,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         solver: str = "lbfgs",
         tol: float = 1e-6,
         max_iter: int = 100,
+        epochs: int = 5,
         learning_rate: float = 0.1,
         batch_size: int = 256,
         random_state: int = 0,
@@ -90,6 +94,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         self.solver = solver
         self.tol = tol
         self.max_iter = max_iter
+        self.epochs = epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.random_state = random_state
@@ -116,17 +121,20 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         if session.is_label_holder != (y is not None):
             raise LocalError("the label holder gives y, feature holders give None")
         labels = _labels(y, len(x)) if y is not None else None
-        if y is None:
-            self._check_columns(session, x, names)
+        scales = Scales.of(session.agreement, len(x))
+        batches = self._batches(len(x))
+        fixed = scales.features(x) if labels is None else np.empty((0, 0), np.int64)
+        if labels is None:
+            self._check_columns(session, x, names, batches)
         plans = self._agree(session, "fit", x)
         columns = {name: plan.columns for name, plan in plans.items()}
-        scales = Scales.of(session.agreement, len(x))
-        limits = self._limits(session, columns, x)
+        limits = self._limits(session, columns, x, len(batches))
         if labels is not None:
             self.classes_, coded = labels
-            result = self._fit_label_holder(session, x, coded, limits, columns, scales, secret)
+            self._check_peers(session, columns, min(map(len, batches), default=len(x)))
+            result = self._fit_label_holder(session, x, coded, limits, columns, scales, batches, secret)
         else:
-            result = self._fit_feature_holder(session, x, limits, scales)
+            result = self._fit_feature_holder(session, fixed, limits, scales, batches)
         intercept = session.is_label_holder and self.fit_intercept
         self.coef_ = result.weights[np.newaxis, : x.shape[1]]
         self.intercept_ = result.weights[-1:] if intercept else np.zeros(1)
@@ -144,9 +152,17 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         limits: Limits,
         columns: dict[str, int],
         scales: Scales,
+        batches: list[NDArray[np.int64]],
         secret: SecretKey | None,
     ) -> Result:
         self.alone_ = LogisticRegression(C=self.C, fit_intercept=self.fit_intercept, max_iter=1000).fit(x, y)
+        few = len(np.unique(np.round(self.alone_.decision_function(x), 6)))
+        if few < FEW_SCORES:
+            log.warning(
+                "our own columns give only %d different scores to start from: gradients of few different residuals are "
+                "easier to take labels from; add a column, see docs/threats.md",
+                few,
+            )
         start = self.alone_.coef_[0]
         free = np.zeros(x.shape[1])
         if self.fit_intercept:
@@ -156,20 +172,35 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         penalty = 1 / (self.C * len(y))
         if self.solver == "lbfgs":
             return lbfgs.label_holder(session, x, y, start, free, penalty, limits, columns, scales, secret)
-        plan = sgd.batches(len(y), self.batch_size, self.max_iter, self.random_state)[: limits.exchanges]
+        plan, penalties = batches[: limits.exchanges], penalty * (1 - free)
+        complete = len(plan) == len(batches)
         return sgd.label_holder(
-            session, x, y, start, penalty * (1 - free), self.learning_rate, plan, columns, scales, secret
+            session, x, y, start, penalties, self.learning_rate, plan, columns, scales, secret, complete
         )
 
-    def _fit_feature_holder(self, session: Session, x: Matrix, limits: Limits, scales: Scales) -> Result:
-        fixed = scales.features(x)
+    def _fit_feature_holder(
+        self, session: Session, x: Fixed, limits: Limits, scales: Scales, batches: list[NDArray[np.int64]]
+    ) -> Result:
         public = accept_key(session)
         contribution = Contribution(session)
         penalty = 1 / (self.C * len(x))
         if self.solver == "lbfgs":
-            return lbfgs.feature_holder(session, fixed, penalty, limits, scales, public, contribution)
-        plan = sgd.batches(len(x), self.batch_size, self.max_iter, self.random_state)[: limits.exchanges]
-        return sgd.feature_holder(session, fixed, penalty, self.learning_rate, plan, scales, public, contribution)
+            return lbfgs.feature_holder(session, x, penalty, limits, scales, public, contribution)
+        plan = batches[: limits.exchanges]
+        complete = len(plan) == len(batches)
+        return sgd.feature_holder(session, x, penalty, self.learning_rate, plan, scales, public, contribution, complete)
+
+    def _batches(self, rows: int) -> list[NDArray[np.int64]]:
+        """All batches of sgd, known to every party in advance; none for lbfgs. LocalError beyond max_iter."""
+        if self.solver != "sgd":
+            return []
+        batches = sgd.batches(rows, self.batch_size, self.epochs, self.random_state)
+        if len(batches) > self.max_iter:
+            raise LocalError(
+                f"sgd over {rows} rows needs {len(batches)} encrypted exchanges, {self.max_iter} are allowed; "
+                "use larger batches, fewer epochs, or agree on more exchanges"
+            )
+        return batches
 
     def decision_function(self, X: pd.DataFrame | Matrix, *, session: Session) -> Vector | None:
         """Scores (n,) at the label holder, None at a feature holder: every party calls it with its columns of the rows.
@@ -249,13 +280,16 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
     def _check_parameters(self) -> None:
         if self.solver not in ("lbfgs", "sgd"):
             raise LocalError(f"unknown solver {self.solver!r}; known: lbfgs, sgd")
-        for name in ("C", "tol", "max_iter", "learning_rate", "batch_size"):
+        for name in ("C", "tol", "max_iter", "epochs", "learning_rate", "batch_size"):
             if not getattr(self, name) > 0:
                 raise LocalError(f"{name} must be positive")
 
-    def _check_columns(self, session: Session, x: Matrix, names: list[str]) -> None:
+    def _check_columns(self, session: Session, x: Matrix, names: list[str], batches: list[NDArray[np.int64]]) -> None:
         """Refuse columns whose gradients give labels to us, their holder; warn where they might."""
-        check_columns(x, names, self.minimum_rows_off_mode, self.batch_size if self.solver == "sgd" else None)
+        check_columns(x, names, self.minimum_rows_off_mode)
+        for batch in batches:
+            check_columns(x[batch], names, self.minimum_rows_off_mode, "a batch")
+            session.tick()
         bits = session.agreement.encryption.feature_bits * x.shape[1] * self.max_iter
         if len(x) <= bits:
             log.warning(
@@ -265,6 +299,22 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
                 self.max_iter,
                 x.shape[1],
             )
+
+    def _check_peers(self, session: Session, columns: dict[str, int], rows: int) -> None:
+        """At the label holder, whose labels they are: no peer may bring so many columns that its gradient is R."""
+        for name, count in columns.items():
+            agreed = session.agreement.party(name).columns
+            if count >= rows or (agreed and count > agreed):
+                limit = f"the agreement allows {agreed}" if agreed else f"a batch has {rows} rows"
+                raise Refused(f"{name} brings {count} columns, {limit}: its gradients would give it labels", peer=name)
+            if rows <= session.agreement.encryption.feature_bits * count * self.max_iter:
+                log.warning(
+                    "%d rows are few for up to %d gradients of %d columns: %s with a lattice attack might learn labels",
+                    rows,
+                    self.max_iter,
+                    count,
+                    name,
+                )
 
     def _agree(self, session: Session, purpose: str, x: Matrix) -> dict[str, Plan]:
         """All parties compare what they are about to do, and count rows and columns, before any data moves."""
@@ -282,11 +332,9 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
                 raise ProtocolViolation(f"{name} has {plan.rows} rows where we have {ours.rows}", peer=name)
         return plans
 
-    def _limits(self, session: Session, columns: dict[str, int], x: Matrix) -> Limits:
+    def _limits(self, session: Session, columns: dict[str, int], x: Matrix, batches: int) -> Limits:
         """The cap on exchanges; every party computes it, so that none can be led beyond it."""
-        wanted = self.max_iter
-        if self.solver == "sgd":
-            wanted = len(sgd.batches(len(x), self.batch_size, self.max_iter, self.random_state))
+        wanted = batches or self.max_iter
         if len(session.channels) > 1:
             return Limits(self.tol, wanted)
         ours = columns[next(iter(columns))] if session.is_label_holder else x.shape[1]
@@ -325,17 +373,16 @@ def _labels(y: Any, rows: int) -> tuple[Any, Vector]:
     return classes, coded.astype(np.float64)
 
 
-def check_columns(x: Matrix, names: list[str], minimum: int, batch: int | None = None) -> None:
+def check_columns(x: Matrix, names: list[str], minimum: int, where: str = "the table") -> None:
     """Refuse a feature holder's columns whose gradients would give it labels.
 
     Raises:
         LocalError: no more rows in a batch than columns (the gradient determines every residual), or a column with
             fewer than `minimum` rows off its most frequent value (its gradient is theirs alone).
     """
-    rows = len(x) if batch is None else min(len(x), batch)
-    if rows <= x.shape[1]:
+    if len(x) <= x.shape[1]:
         raise LocalError(
-            f"{rows} rows in a batch for {x.shape[1]} columns: the gradient would determine every row's residual, "
+            f"{where} has {len(x)} rows for {x.shape[1]} columns: the gradient would determine every row's residual, "
             "hence labels; use more rows or fewer columns"
         )
     rare = []
@@ -345,6 +392,6 @@ def check_columns(x: Matrix, names: list[str], minimum: int, batch: int | None =
             rare.append(f"{name} ({off})")
     if rare:
         raise LocalError(
-            f"columns with fewer than {minimum} rows off their most frequent value: {', '.join(rare)}; "
+            f"columns with fewer than {minimum} rows in {where} off their most frequent value: {', '.join(rare)}; "
             "their gradient would reveal single labels: drop or merge them"
         )

@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from parties.message import Array, Message, kind
 
 ROWS_PER_PART = 2048
+LARGEST = 2.0**46  # of any number in clear: what follows cannot overflow
+
+
+def _bounded(data: Array) -> None:
+    if data.size and not np.abs(data).max() < LARGEST:
+        raise ValueError("a number beyond any that training can need")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +72,10 @@ class PartialEmbedding(_Step):
 
     data: Array
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bounded(self.data)
+
 
 @kind(204, "masked", "<u8", 1)
 @dataclass(frozen=True, eq=False)
@@ -109,6 +121,10 @@ class PartialScalars(_Step):
 
     data: Array
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bounded(self.data)
+
 
 @kind(209, "masked", "|u1", 2)
 @dataclass(frozen=True, eq=False)
@@ -131,6 +147,10 @@ class Direction(_Step):
 
     converged: bool
     data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bounded(self.data)
 
 
 @kind(211, "aggregate")

@@ -25,7 +25,7 @@ from parties.errors import LocalError, ProtocolViolation, blame
 from parties.message import Array, Message
 from parties.session import Session
 from vfl.losses import Vector
-from vfl.messages import MaskedEmbedding, MaskedScalars, MaskKey, PartialEmbedding, PartialScalars
+from vfl.messages import LARGEST, MaskedEmbedding, MaskedScalars, MaskKey, PartialEmbedding, PartialScalars
 
 SCALAR_FRACTION = 80  # of 128 bits: sums of squares down to 2^-80 and up to 2^47
 SCALAR_MODULUS = 1 << 128
@@ -67,15 +67,15 @@ class Contribution:
         Reveals:
             To the label holder: the sum over all feature holders; with one, our embedding itself.
         """
-        if not self._keys:
-            self.label_holder.send(PartialEmbedding(exchange, np.asarray(values, "<f8")))
-            return
-        limit = 2.0 ** (63 - self._bits) / self._holders
-        if values.size and np.abs(values).max() >= limit:
+        limit = LARGEST if not self._keys else 2.0 ** (63 - self._bits) / self._holders
+        if values.size and not np.abs(values).max() < limit:
             raise LocalError(
                 f"a partial embedding reaches {limit:.0f}, where its sum could overflow; "
                 "standardise the features or agree on fewer embedding_bits"
             )
+        if not self._keys:
+            self.label_holder.send(PartialEmbedding(exchange, np.asarray(values, "<f8")))
+            return
         words = np.rint(np.ldexp(values, self._bits)).astype(np.int64).astype("<u8")
         for sign, stream in self._streams(exchange, MaskedEmbedding, 8 * len(words)):
             mask = np.frombuffer(stream, "<u8")
@@ -88,11 +88,11 @@ class Contribution:
         Reveals:
             To the label holder: their sums over all parties; with one feature holder, ours.
         """
+        if any(not abs(value) < LARGEST / self._holders for value in values):
+            raise LocalError("a scalar product of the solver exceeds its range; standardise the features")
         if not self._keys:
             self.label_holder.send(PartialScalars(exchange, np.array(values, "<f8")))
             return
-        if any(not abs(value) < 2.0**46 / self._holders for value in values):
-            raise LocalError("a scalar product of the solver exceeds its range; standardise the features")
         numbers = [round(math.ldexp(value, SCALAR_FRACTION)) for value in values]
         for sign, stream in self._streams(exchange, MaskedScalars, 16 * len(numbers)):
             masks = (int.from_bytes(stream[i : i + 16], "little") for i in range(0, len(stream), 16))

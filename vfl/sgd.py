@@ -43,6 +43,7 @@ def label_holder(
     columns: dict[str, int],
     scales: Scales,
     secret: SecretKey,
+    complete: bool = True,
 ) -> Result:
     """Train our weights (d,) from `start`; `penalty` (d,) is zero where a weight is not penalised.
 
@@ -57,7 +58,7 @@ def label_holder(
         open_gradients(session, secret, residual, columns, scales, exchange)
         weights = weights - rate * (x[rows].T @ residual / len(rows) + penalty * weights)
         session.advance(exchange + 1, len(plan))
-    return Result(weights, len(plan), True)
+    return Result(weights, len(plan), complete)
 
 
 def feature_holder(
@@ -69,6 +70,7 @@ def feature_holder(
     scales: Scales,
     public: PublicKey,
     contribution: Contribution,
+    complete: bool = True,
 ) -> Result:
     """Train our weights (d,) from zero; the mirror of `label_holder`.
 
@@ -80,7 +82,7 @@ def feature_holder(
     weights = np.zeros(x.shape[1])
     for exchange, rows in enumerate(plan):
         contribution.send_embedding(exact[rows] @ weights, exchange)
-        gradient = weigh_gradient(contribution.label_holder, public, x[rows], scales, exchange)
+        gradient = weigh_gradient(session, public, x[rows], scales, exchange)
         weights = weights - rate * (gradient / len(rows) + penalty * weights)
         session.advance(exchange + 1, len(plan))
-    return Result(weights, len(plan), True)
+    return Result(weights, len(plan), complete)

@@ -7,7 +7,7 @@ prod_i c_i^(x_i) mod n^2, which Pippenger's buckets do in little more than one m
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ from parties.workers import spread
 from vfl.encryption.fixedpoint import sum_bits
 from vfl.encryption.paillier import PublicKey, check_ciphertexts
 from vfl.encryption.scheme import Exact, Fixed, Randomness, Wire, from_wire, to_wire
+
+BLOCK = 32  # columns weighed between two ticks
 
 
 class PaillierWeigher:
@@ -39,8 +41,10 @@ class PaillierWeigher:
         width: int = 1,
         slot_bits: int | None = None,
         workers: int = 1,
+        tick: Callable[[], None] = lambda: None,
         randomness: Randomness = secrets.randbelow,
     ) -> None:
+        self._tick = tick  # called every few seconds of work
         self._public, self._columns, self._width = public, columns, width
         self._bound, self._slot, self._workers, self._randomness = residual_bound, slot_bits, workers, randomness
         self._sums: list[Any] | None = [mpz(1)] * (columns * width)  # Enc(0), column by column
@@ -57,8 +61,11 @@ class PaillierWeigher:
         modulus = self._public.modulus
         inverses = _invert_all(ciphertexts, modulus)  # for negative digits, which positive x have too
         signed = [ciphertexts[k :: self._width] + inverses[k :: self._width] for k in range(self._width)]
-        blocks = np.array_split(x, max(1, min(self._workers, self._columns)), axis=1)
-        products = (p for block in spread(partial(_weigh, signed, modulus), blocks, self._workers) for p in block)
+        blocks = np.array_split(x, min(max(self._workers, -(-self._columns // BLOCK)), self._columns), axis=1)
+        products = []
+        for block in spread(partial(_weigh, signed, modulus), blocks, self._workers):
+            products += block
+            self._tick()
         self._sums = [a * b % modulus for a, b in zip(self._sums, products, strict=True)]
         self._absolute = [a + int(b) for a, b in zip(self._absolute, np.abs(x).astype(object).sum(axis=0), strict=True)]
 

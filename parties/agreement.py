@@ -19,11 +19,10 @@ from msgspec import Meta
 
 from parties.errors import LocalError, Refused
 from parties.files import read_bytes
-from parties.identity import Identity, PublicIdentity
+from parties.identity import Identity, PublicIdentity, check_name
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 
 
 class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -37,8 +36,10 @@ class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     columns: Annotated[int, Meta(ge=0)] = 0
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"party name {self.name!r}: use up to 32 of a-z, 0-9, '-' and '_'")
+        try:
+            check_name(self.name)
+        except LocalError as error:
+            raise ValueError(str(error)) from None
         PublicIdentity.parse(self.public_key)
         if self.endpoint and not re.fullmatch(r"tcp://[^\s/]+:\d{1,5}", self.endpoint):
             raise ValueError(f"endpoint of {self.name}: write tcp://host:port")
@@ -74,7 +75,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     C: Positive = 1.0
     fit_intercept: bool = True
     standardise: bool = True
-    solver: Literal["lbfgs", "sgd"] = "lbfgs"
+    solver: Literal["subspace", "lbfgs", "sgd"] = "subspace"
     tolerance: Positive = 1e-6
     max_exchanges: Count = 100
     learning_rate: Positive = 0.1
@@ -188,6 +189,7 @@ def flatten(agreement: Agreement) -> dict[str, Any]:
         elif isinstance(value, (list, tuple)):
             for number, inner in enumerate(value):
                 name = inner.get("name", number) if isinstance(inner, dict) else number
+                flat[f"{prefix}.{name}.place"] = number  # the order of the parties matters
                 walk(f"{prefix}.{name}", inner)
         else:
             flat[prefix] = value
@@ -233,3 +235,5 @@ def _parse(path: Path, what: str, decode: Callable[[bytes], Any], form: str) -> 
         raise LocalError(f"{path}: {text}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise LocalError(f"{path} is not valid {form}: {error}") from None
+    except RecursionError:
+        raise LocalError(f"{path} is not valid {form}: it is nested too deeply") from None

@@ -87,6 +87,8 @@ class Channel:
 
     def ask(self, stream: Iterable[Message], expected: type[M], window: int = 4) -> Iterator[M]:
         """Send a stream of questions and yield the answers in order, with `window` questions in flight."""
+        if window < 1:
+            raise ValueError("a window holds at least one question")
         waiting = 0
         for question in stream:
             self.send(question)

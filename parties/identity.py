@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,12 @@ class PublicIdentity:
         return True
 
 
+def check_name(name: str) -> None:
+    """A party's name, as agreements and file names take it. Raises LocalError."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,31}", name):
+        raise LocalError(f"{name!r} cannot name a party: use up to 32 of a-z, 0-9, '-' and '_'")
+
+
 class _KeyFile(msgspec.Struct, forbid_unknown_fields=True):
     colonnade_key: int
     name: str
@@ -92,7 +99,8 @@ class Identity:
 
     @classmethod
     def generate(cls, name: str) -> Identity:
-        """Fresh keys from the operating system's randomness."""
+        """Fresh keys from the operating system's randomness. Raises LocalError for a name that no agreement takes."""
+        check_name(name)
         _, curve_secret = zmq.curve_keypair()
         return cls._from_secrets(name, z85.decode(curve_secret), Ed25519PrivateKey.generate().private_bytes_raw())
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from parties.errors import LocalError
@@ -53,52 +55,49 @@ def read_table(
         raise LocalError(f"column {twice[0]!r} is declared more than once; id, features and label must differ")
     if not path.exists():
         raise LocalError(f"{path} does not exist; correct [table] path in the party's file")
-    as_text = [id_column, *([label] if label else [])]
     if path.suffix.lower() in (".parquet", ".pq"):
-        frame = _read_parquet(path, columns, id_column)
+        frame = _read_parquet(path, columns)
     else:
-        frame = _read_csv(path, columns, as_text, separator)
+        frame = _read_csv(path, columns, separator)
     if not len(frame):
         raise LocalError(f"{path} has no rows")
     return Table(
         source=path.name,
-        ids=_text(frame[id_column]).tolist(),
+        ids=_text(path, frame, id_column).tolist(),
         features=_numbers(path, frame, features),
-        label=_label(path, _text(frame[label]), label, positive) if label else None,
+        label=_label(path, _text(path, frame, label, label=True), label, positive) if label else None,
     )
 
 
-def _read_csv(path: Path, columns: list[str], as_text: list[str], separator: str) -> pd.DataFrame:
+def _read_csv(path: Path, columns: list[str], separator: str) -> pa.Table:
+    """Every declared column as text: an id may well be "NA" or "007"."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter=separator), [])
+            header = next((row for row in csv.reader(file, delimiter=separator) if row), [])
         _check_header(path, header, columns)
-        return pd.read_csv(
+        return pa_csv.read_csv(
             path,
-            usecols=columns,
-            dtype=dict.fromkeys(as_text, str),
-            sep=separator,
-            encoding="utf-8-sig",
-            keep_default_na=False,  # an id may well be "NA"
-            na_values={name: _MISSING for name in columns if name not in as_text},
-            low_memory=False,
+            parse_options=pa_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
+            ),
         )
     except UnicodeDecodeError:
         raise LocalError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, csv.Error):
-        raise LocalError(f"{path} is not a table of equal rows separated by {separator!r}; check quotes") from None
+    except (pa.ArrowInvalid, csv.Error) as error:
+        if "UTF8" in str(error):
+            raise LocalError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+        raise LocalError(
+            f"{path} is not a table of rows as long as its header, separated by {separator!r}; check quotes and lines"
+        ) from None
     except OSError as error:
         raise LocalError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read_parquet(path: Path, columns: list[str], id_column: str) -> pd.DataFrame:
+def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
     try:
-        schema = pq.read_schema(path)
-        _check_header(path, schema.names, columns)
-        if pa.types.is_floating(schema.field(id_column).type):
-            raise LocalError(f"{path}, column {id_column!r}: ids are stored as floats; store them as text")
-        frame: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
-        return frame
+        _check_header(path, pq.read_schema(path).names, columns)
+        return pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError):
         raise LocalError(f"{path} is not a readable Parquet file") from None
 
@@ -117,15 +116,34 @@ def _check_header(path: Path, header: list[str], columns: list[str]) -> None:
         raise LocalError(f"{path} has {header.count(double[0])} columns named {double[0]!r}; rename all but one")
 
 
-def _text(column: pd.Series) -> pd.Series:
-    return column.astype(object).where(column.notna(), "").map(str)
+def _text(path: Path, frame: pa.Table, name: str, *, label: bool = False) -> pd.Series:
+    """An id or label column as text, "" where it is empty; whole numbers as they are."""
+    column = frame.column(name).combine_chunks()
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_boolean(column.type):
+        column = pc.if_else(column, "True", "False")
+    if label and pa.types.is_floating(column.type):  # 0.0 and 1.0 are what many tools make of 0 and 1
+        column = pc.if_else(pc.is_finite(column), column, None)
+        whole = pc.all(pc.equal(pc.round(column), column)).as_py()
+        column = column.cast(pa.int64()) if whole else column
+    elif pa.types.is_floating(column.type):
+        raise LocalError(f"{path}, column {name!r}: ids are stored as floats; store them as text")
+    elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) or pa.types.is_nested(column.type):
+        raise LocalError(f"{path}, column {name!r}: {len(column)} values are stored as {column.type}; store text")
+    return pd.Series(pc.fill_null(column.cast(pa.string()), "").to_pylist(), dtype=object)
 
 
-def _numbers(path: Path, frame: pd.DataFrame, features: Sequence[str]) -> pd.DataFrame:
+def _numbers(path: Path, frame: pa.Table, features: Sequence[str]) -> pd.DataFrame:
     out, faults = {}, []
     for name in features:
-        column = frame[name]
+        arrow = frame.column(name)
+        column = arrow.to_pandas()
+        if pa.types.is_string(arrow.type) or pa.types.is_large_string(arrow.type):
+            column = column.astype(object).map(lambda text: np.nan if text is None or text in _MISSING else text)
         values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+        if pa.types.is_temporal(arrow.type):  # pandas would count microseconds
+            values = np.full(len(column), np.nan)
         missing = int(column.isna().sum())
         strange = int(np.isnan(values).sum()) - missing
         infinite = int(np.isinf(values).sum())

@@ -205,9 +205,8 @@ class Post:
                 self._failed_handshakes += bool(event & curve.HANDSHAKE_FAILED)
             self._collect(self._router, None)
         for link in self._links.values():
-            if link.monitor is not None:
+            if link.monitor is not None and link.socket is not None:
                 self._observe(link, link.monitor)
-                assert link.socket is not None
                 self._collect(link.socket, link)
         now = time.monotonic()
         for link in self._links.values():

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -22,15 +23,17 @@ from psi.messages import MaskedPoints, SetSize, Tokens, part_count, parts, whole
 
 CANARIES = 64
 Randomness = Callable[[int], bytes]
+Way = Literal["sent", "received"]
+What = Literal["points", "tokens", "positions"]
 
 
 @dataclass(frozen=True)
 class Flow:
     """Evidence of one list that passed between two parties: how many entries, and the digest of their bytes."""
 
-    direction: str
+    direction: Way
     peer: str
-    what: str
+    what: What
     owner: str
     count: int
     digest: str
@@ -65,7 +68,7 @@ class Ring:
     def previous(self) -> Channel:
         return self.session.channels[self.names[self.at(-1)]]
 
-    def saw(self, direction: str, peer: str, what: str, owner: int, data: Array) -> None:
+    def saw(self, direction: Way, peer: str, what: What, owner: int, data: Array) -> None:
         digest = hashlib.sha256(data.tobytes()).hexdigest()
         self.flows.append(Flow(direction, peer, what, self.names[owner], len(data), digest))
 

@@ -285,7 +285,7 @@ def test_one_feature_holder_stops_in_time_and_says_why(tmp_path):
         summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
         assert summary["exchanges"] == 2 and not summary["converged"]  # the grocer has two columns
         assert "rebuild these columns" in summary["notes"][0]
-        assert "one feature holder with 2 columns" in errors[name]
+        assert "training stopped after 2 exchanges" in errors[name]
 
 
 def test_policy_can_forbid_plaintext(tmp_path):

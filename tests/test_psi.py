@@ -250,9 +250,10 @@ def test_a_gate_altered_to_no_stops_everybody_too() -> None:
 
 
 @pytest.mark.parametrize("where", ["names", "field"])
-def test_whoever_gets_an_altered_last_message_releases_nothing(where: str) -> None:
+def test_whoever_gets_an_altered_last_message_releases_nothing(where: str, honest: tuple[dict[str, Any], Any]) -> None:
     """Nothing follows the last message, so its sender cannot learn that it was altered."""
-    assert isinstance(run_altered("bank", "grocer", 9, where)["grocer"], ProtocolViolation)
+    last = len(honest[1]["bank"]["grocer"].sent) - 1
+    assert isinstance(run_altered("bank", "grocer", last, where)["grocer"], ProtocolViolation)
 
 
 # ---- minimum, caps, evidence

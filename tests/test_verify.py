@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from parties.agreement import Agreement
@@ -109,9 +110,9 @@ def test_a_report_that_is_not_given_is_named(written: Any) -> None:
 
 def test_a_report_counts_what_was_read(written: Any) -> None:
     report = load_report(written[3]["bank"])
-    assert report["our_rows"] == {"read": 42, "empty": 1, "invalid": 0, "duplicate": 1, "kept": 40}
-    assert report["intersection"] == 30
-    assert report["set_sizes"] == {"bank": 168, "grocer": 178, "mill": 168}
+    assert msgspec.to_builtins(report.our_rows) == {"read": 42, "empty": 1, "invalid": 0, "duplicate": 1, "kept": 40}
+    assert report.intersection == 30
+    assert report.set_sizes == {"bank": 168, "grocer": 178, "mill": 168}
 
 
 def test_no_id_and_no_secret_is_in_a_report_or_a_ledger(written: Any) -> None:
@@ -165,7 +166,9 @@ def test_every_single_changed_value_is_found(given: bool, run: Any) -> None:
             names = failed([path], AGREEMENTS[3] if given else None)
         except LocalError:
             names = ["format"]
-        if not any(word in name for name in names for word in ("signature", "well formed", "format")):
+        if not any(
+            word in name for name in names for word in ("signature", "well formed", "format", "given agreement")
+        ):
             unseen.append(leaf)
     assert unseen == []
 
@@ -175,13 +178,14 @@ def test_every_dropped_or_added_field_is_found(run: Any) -> None:
     report = json.loads(path.read_text())
     for name in report:
         path.write_text(json.dumps({key: value for key, value in report.items() if key != name}))
-        if name == "colonnade_psi_report":
-            with pytest.raises(LocalError):
-                verify([path])
+        if name == "signature":
+            assert failed([path]) == ["bank: signature"]
         else:
-            assert failed([path])
+            with pytest.raises(LocalError, match=name):
+                verify([path])
     path.write_text(json.dumps(report | {"remark": "fine"}))
-    assert failed([path]) == ["bank: signature"]
+    with pytest.raises(LocalError, match="remark"):
+        verify([path])
 
 
 def test_the_signature_of_another_party_does_not_count(run: Any) -> None:
@@ -203,7 +207,7 @@ def test_layout_and_order_of_fields_do_not_matter(run: Any) -> None:
 def test_what_is_not_a_report_is_refused_with_its_name(text: bytes, tmp_path: Path) -> None:
     path = tmp_path / "psi_report.json"
     path.write_bytes(text)
-    with pytest.raises(LocalError, match=r"psi_report\.json is not a PSI report"):
+    with pytest.raises(LocalError, match=r"psi_report\.json"):
         verify([path])
 
 
@@ -247,6 +251,7 @@ TOLD_ALONE: dict[str, tuple[Callable[[Report], object], str]] = {
         lambda report: put(report, ("parties", "mill", "approval"), report["parties"]["grocer"]["approval"]),
         "approved the agreement",
     ),
+    "party dropped": (lambda report: report["parties"].pop("mill"), "well formed"),
     "ledger's hash": (lambda report: put(report, ("ledger", "head"), "00" * 32), "ledger"),
     "ledger's length": (lambda report: put(report, ("ledger", "entries"), 3), "ledger"),
 }
@@ -266,7 +271,7 @@ TOLD_TOGETHER: dict[str, tuple[Callable[[Report], object], str]] = {
     "session": (lambda report: put(report, ("session",), "00" * 32), "same session"),
     "size": (smaller, "same size of the intersection"),
     "set size": (larger_set, "same set sizes"),
-    "suite": (lambda report: put(report, ("suite",), "another"), "same suite"),
+    "suite": (lambda report: put(report, ("terms", "suite"), "another"), "same terms"),
     "role": (lambda report: put(report, ("parties", "mill", "role"), "label holder"), "same parties"),
     "sent list": (lambda report: flow_of(report).update(digest="00" * 32), "what bank sent to grocer"),
     "received list": (lambda report: flow_of(report, "received").update(digest="00"), "what grocer sent to bank"),
@@ -276,7 +281,6 @@ TOLD_TOGETHER: dict[str, tuple[Callable[[Report], object], str]] = {
         lambda report: report["flows"].append(flow_of(report) | {"digest": "11" * 32}),
         "what bank sent to grocer",
     ),
-    "party dropped": (lambda report: report["parties"].pop("mill"), "same parties"),
 }
 
 
@@ -306,12 +310,11 @@ def test_one_report_given_twice_does_not_stand_for_two_parties(written: Any) -> 
 
 
 def test_a_report_under_another_agreement_is_found(written: Any) -> None:
-    assert failed([written[2]["bank"]], agree(2, title="another"))[0] == "bank: agreement and keys are the given ones"
+    assert failed([written[2]["bank"]], agree(2, title="another"))[0] == "bank: is of the given agreement"
 
 
-@pytest.mark.xfail(strict=True, reason="a party that the given agreement lacks is told as a malformed report")
 def test_a_report_under_an_agreement_without_one_of_its_parties_is_told_so(written: Any) -> None:
-    assert "bank: agreement and keys are the given ones" in failed([written[3]["bank"]], AGREEMENTS[2])
+    assert "bank: is of the given agreement" in failed([written[3]["bank"]], AGREEMENTS[2])
 
 
 def test_a_report_forged_from_fresh_keys_is_found_with_the_agreement(written: Any, tmp_path: Path) -> None:
@@ -330,8 +333,7 @@ def test_a_report_forged_from_fresh_keys_is_found_with_the_agreement(written: An
 
     edit(path, forge, sign="mill")
     assert failed([path]) == []
-    names = failed([path], AGREEMENTS[2])
-    assert names[:2] == ["bank: agreement and keys are the given ones", "bank: signature"]
+    assert failed([path], AGREEMENTS[2]) == ["bank: is of the given agreement"]
 
 
 # ---- the ledger beside the report
@@ -367,14 +369,14 @@ def test_a_changed_ledger_is_found(what: str, run: Any) -> None:
     assert spoilt != lines
     ledger.write_bytes(b"".join(line + b"\n" for line in spoilt))
     (check,) = [check for check in verify([path]) if not check.passed]
-    assert check.name == "bank: ledger chain and signature"
+    assert check.name.startswith("bank: ledger chain")
     assert "ledger.jsonl" in check.detail
 
 
 def test_another_partys_ledger_is_found(run: Any) -> None:
     paths = run(2)
     paths["bank"].with_name("ledger.jsonl").write_bytes(paths["grocer"].with_name("ledger.jsonl").read_bytes())
-    assert failed([paths["bank"]]) == ["bank: ledger chain and signature"]
+    assert failed([paths["bank"]]) == ["bank: ledger chain, its signature, and that it holds this report's point"]
 
 
 def test_our_own_sealed_ledger_of_another_session_is_found(run: Any, tmp_path: Path) -> None:
@@ -388,7 +390,7 @@ def test_our_own_sealed_ledger_of_another_session_is_found(run: Any, tmp_path: P
 
 
 HOSTILE: dict[str, Callable[[Report], object]] = {
-    "field missing": lambda report: report.pop("suite"),
+    "field missing": lambda report: report["terms"].pop("suite"),
     "session missing": lambda report: report.pop("session"),
     "flow without direction": lambda report: flow_of(report).pop("direction"),
     "flow with a list": lambda report: flow_of(report).update(digest=[]),
@@ -396,14 +398,13 @@ HOSTILE: dict[str, Callable[[Report], object]] = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-@pytest.mark.xfail(strict=True, raises=(KeyError, TypeError), reason="verify() crashes while it compares the reports")
-def test_a_malformed_report_that_its_owner_signed_fails_a_check(what: str, run: Any) -> None:
+def test_a_malformed_report_is_refused_although_its_owner_signed_it(what: str, run: Any) -> None:
     paths = run()
     edit(paths["bank"], HOSTILE[what], sign="bank")
-    assert failed(list(paths.values()))
+    with pytest.raises(LocalError, match=r"psi_report\.json"):
+        verify(list(paths.values()))
 
 
-@pytest.mark.xfail(strict=True, raises=RecursionError, reason="load_report() does not expect nested brackets")
 def test_a_deeply_nested_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "psi_report.json"
     path.write_bytes(b"[" * 100_000)
@@ -414,23 +415,21 @@ def test_a_deeply_nested_report_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        (("minimum",), 50),
-        (("decoys",), 63),
-        (("identifier", "rule"), "email/1"),
-        (("identifier", "type"), "household"),
-        (("title",), "another"),
-        (("role",), "feature holder"),
+        (("terms", "minimum"), 50),
+        (("terms", "decoys"), 63),
+        (("terms", "identifiers", "rule"), "email/1"),
+        (("terms", "identifiers", "type"), "household"),
+        (("terms", "title"), "another"),
         (("parties", "mill", "role"), "label holder"),
-        (("suite",), "another"),
+        (("terms", "suite"), "another"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="verify() compares digest and keys with the agreement, not the stated terms")
 def test_terms_that_the_agreement_does_not_have_are_found(field: tuple[str, ...], value: Any, run: Any) -> None:
     path = run()["bank"]
 
     def change(report: Report) -> None:
         put(report, field, value)
-        if field == ("decoys",):  # keep the sums right
+        if field == ("terms", "decoys"):  # keep the sums right
             report["canaries"] += 1
             for flow in report["flows"]:
                 flow["count"] += flow["what"] == "positions"
@@ -439,7 +438,6 @@ def test_terms_that_the_agreement_does_not_have_are_found(field: tuple[str, ...]
     assert failed([path], AGREEMENTS[3])
 
 
-@pytest.mark.xfail(strict=True, reason="verify() never compares a stated fingerprint with its key")
 def test_a_fingerprint_that_is_not_that_of_its_key_is_found(run: Any) -> None:
     path = run()["bank"]
     edit(path, lambda report: put(report, ("parties", "mill", "fingerprint"), "0000-" * 7 + "0000"), sign="bank")

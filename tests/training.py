@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -126,11 +126,18 @@ def altering(sender: str, receiver: str, expected: type[M], change: Callable[[M]
     return tamper
 
 
+def with_fields(**fields: Any) -> Callable[[M], M]:
+    """Change a message's fields. A party that deviates is not held back by what a message refuses to be built with."""
+
+    def change(message: M) -> M:
+        changed = copy.copy(message)
+        for name, value in fields.items():
+            object.__setattr__(changed, name, value)
+        return changed
+
+    return change
+
+
 def with_data(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[M], M]:
     """Change a message's array."""
-    return lambda message: dataclasses.replace(message, data=change(message.data.copy()))  # type: ignore[attr-defined]
-
-
-def with_fields(**fields: Any) -> Callable[[M], M]:
-    """Change a message's scalars."""
-    return lambda message: dataclasses.replace(message, **fields)
+    return lambda message: with_fields(data=change(message.data.copy()))(message)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ from rich.table import Table
 from parties.agreement import Agreement
 from parties.errors import ColonnadeError, LocalError
 from parties.files import make_folder, write_whole
-from parties.identity import Identity
+from parties.identity import Identity, check_name
 from parties.party_file import Party
 from psi import verify as psi_verify
 from vfl import demo as demonstration
@@ -73,6 +73,7 @@ def init(
     folder: Annotated[Path, typer.Option(help="Where the files go.")] = Path(),
 ) -> None:
     """Write a commented agreement.toml (to agree on with the others) and NAME.toml (ours) to fill in."""
+    check_name(name)
     make_folder(folder)
     label = 'label = "defaulted"\npositive = "1"                       # the value of the label that counts as 1'
     own = _template("party.toml").replace("NAME", name).replace("LABEL", label if label_holder else "# no label: ours")

@@ -18,7 +18,7 @@ from vfl.exchange import Scales
 
 T = TypeVar("T")
 SAMPLE = 256
-USUAL_EXCHANGES = 30  # of lbfgs at C = 1 on standardised columns; docs/operations.md says how many to expect
+USUAL_EXCHANGES = {"subspace": 15, "lbfgs": 30}  # at C = 1 on standardised columns, see docs/operations.md
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,10 @@ def predict_cost(agreement: Agreement, rows: int, columns: int, *, label_holder:
         else packs * ciphertext + 8 * train_rows
     )
     model = agreement.model
-    exchanges = min(USUAL_EXCHANGES, model.max_exchanges)
-    if model.solver == "sgd":  # one exchange here stands for one epoch's batches
-        exchanges = model.epochs
-    if parties == 2 and not model.allow_reconstruction:
-        exchanges = min(exchanges, columns)
+    exchanges = USUAL_EXCHANGES.get(model.solver, model.epochs)  # of sgd, one stands for an epoch's batches
+    exchanges = min(exchanges, model.max_exchanges)
+    if not model.allow_reconstruction:
+        exchanges = min(exchanges, columns * (parties - 1))
     return Cost(align_seconds, align_bytes, exchanges, seal + weigh + replies, sent)
 
 

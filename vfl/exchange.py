@@ -9,6 +9,7 @@ R is what the loss says at the label holder G, X_k stays at the feature holder k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +42,21 @@ class Scales:
         slot = e.feature_bits + e.residual_bits + MEAN_BITS + max(rows, 1).bit_length() + 2
         return cls(e.feature_bits, e.residual_bits, slot)
 
-    def features(self, x: Vector) -> Fixed:
-        """X in fixed point; |x| below 2^(42 - feature_bits)."""
+    def features(self, x: Vector, names: Sequence[str]) -> Fixed:
+        """X (n, d) in fixed point; |x| below 2^(42 - feature_bits), and sums that fit. LocalError names the columns."""
+        bound = 2.0 ** (FEATURE_BOUND_BITS - self.feature_bits)
+        large = [name for name, top in zip(names, np.abs(x).max(axis=0, initial=0), strict=True) if not top < bound]
+        if large:
+            raise LocalError(f"values of {bound:.0f} or more in {', '.join(large)}; standardise the features")
         fixed = quantise(x, self.feature_bits, bound_bits=FEATURE_BOUND_BITS, what="features")
-        largest = max(map(int, np.abs(fixed).sum(axis=0)), default=0)  # no overflow below 2^21 rows of 2^42
-        if sum_bits(largest, 1 << self.residual_bits) + 2 > self.slot_bits:
-            raise LocalError("a column's values are too large for the agreed slots; standardise the features")
+        sums = np.abs(fixed).sum(axis=0)  # no overflow below 2^21 rows of 2^42
+        large = [
+            name
+            for name, total in zip(names, sums, strict=True)
+            if sum_bits(int(total), 1 << self.residual_bits) + 2 > self.slot_bits
+        ]
+        if large:
+            raise LocalError(f"values too large for the agreed slots in {', '.join(large)}; standardise the features")
         return fixed
 
 
@@ -66,6 +76,9 @@ def accept_key(session: Session) -> PublicKey:
     """At a feature holder: the label holder's public key, checked. Raises ProtocolViolation.
 
     Without the check an owner of a bad key reads X through mask and re-randomisation.
+
+    Reveals:
+        To the label holder: nothing; nothing is sent.
     """
     with blame(session.label_holder):
         wire = session.channels[session.label_holder].receive(SchemeKey).data

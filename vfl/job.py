@@ -24,7 +24,7 @@ from psi.align import Alignment, align
 from psi.identifiers import Identifiers, canonical
 from psi.report import make_report
 from vfl.exchange import Scales
-from vfl.linear import VerticalLogisticRegression, check_columns
+from vfl.linear import Scaling, VerticalLogisticRegression, check_columns
 from vfl.losses import Vector
 from vfl.metrics import evaluate
 
@@ -101,7 +101,7 @@ def prepare(
     if agreed and len(names) > agreed:
         raise Refused(f"{party.path}: {len(names)} columns; the agreement allows us {agreed}")
     if train and not agreement.model.standardise:
-        Scales.of(agreement, len(ids.values)).features(prepared.features.to_numpy())
+        Scales.of(agreement, len(ids.values)).features(prepared.features.to_numpy(), names)
     if train and len(ids.values) <= len(names):
         raise LocalError(f"{table.source}: {len(ids.values)} rows for {len(names)} columns; bring more rows")
     return prepared
@@ -127,7 +127,8 @@ def estimator(model: Model) -> VerticalLogisticRegression:
 def train(session: Session, prepared: Prepared, minimum: int = 0) -> Outcome:
     """The job in an open session. The same function at every party; the label holder's table has the label.
 
-    Reveals: what `align`, `VerticalLogisticRegression.fit` and its `decision_function` reveal; no more.
+    Reveals:
+        To every party: what `align`, `VerticalLogisticRegression.fit` and its `decision_function` reveal; no more.
     """
     settings = session.agreement.model
     alignment, report = _align(session, prepared, minimum)
@@ -153,7 +154,8 @@ def train(session: Session, prepared: Prepared, minimum: int = 0) -> Outcome:
 def score(session: Session, prepared: Prepared, model: VerticalLogisticRegression, minimum: int = 0) -> Outcome:
     """Align new rows and score them; the scores stay with the label holder.
 
-    Reveals: what `align` and `VerticalLogisticRegression.decision_function` reveal; no more.
+    Reveals:
+        To every party: what `align` and `VerticalLogisticRegression.decision_function` reveal; no more.
     """
     alignment, report = _align(session, prepared, minimum)
     features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
@@ -248,8 +250,8 @@ def _scaled(features: pd.DataFrame, scaler: StandardScaler | None) -> pd.DataFra
     return pd.DataFrame(scaler.transform(features.to_numpy()), columns=features.columns)
 
 
-def _restored(saved: dict[str, list[float]]) -> StandardScaler:
+def _restored(saved: Scaling) -> StandardScaler:
     scaler = StandardScaler()
-    scaler.mean_, scaler.scale_ = np.array(saved["mean"]), np.array(saved["scale"])
+    scaler.mean_, scaler.scale_ = np.array(saved.mean), np.array(saved.scale)
     scaler.n_features_in_ = len(scaler.mean_)
     return scaler

@@ -50,6 +50,14 @@ class Result:
     gradient_norm: float = np.nan
 
 
+def expected(first: float, now: float, exchange: int, limits: Limits) -> int:
+    """How many exchanges it may take in all, for the progress bar: the gradient falls about geometrically."""
+    if not 0 < limits.tolerance < now < first:
+        return min(max(exchange + 2, 20), limits.exchanges)
+    total = exchange * np.log(first / limits.tolerance) / np.log(first / now)
+    return int(min(max(total + 1, exchange + 2), limits.exchanges))
+
+
 class _History:
     """Our slices of the last steps s and gradient differences y, and of gradient and weights: columns of the basis."""
 
@@ -58,10 +66,11 @@ class _History:
         self.gradient: Vector | None = None
         self._pairs: deque[tuple[Vector, Vector]] = deque(maxlen=DEPTH)
         self._step: Vector | None = None
-        self._first = 0.0
+        self.first = 0.0
 
     def see(self, gradient: Vector) -> None:
-        self._first = self._first or float(np.linalg.norm(gradient))
+        self.norm = float(np.linalg.norm(gradient))
+        self.first = self.first or self.norm
         if self._step is not None and self.gradient is not None:
             self._pairs.append((self._step, gradient - self.gradient))
         self.gradient = gradient
@@ -71,14 +80,6 @@ class _History:
         """(d, 2h + 1): s_1 .. s_h, y_1 .. y_h, g."""
         steps, differences = [s for s, _ in self._pairs], [y for _, y in self._pairs]
         return np.column_stack([*steps, *differences, self.gradient])  # type: ignore[list-item]
-
-    def expected(self, exchange: int, limits: Limits) -> int:
-        """How many exchanges it may take in all, for the progress bar: the gradient falls about geometrically."""
-        now = float(np.linalg.norm(self.gradient)) if self.gradient is not None else 0.0
-        if not 0 < limits.tolerance < now < self._first:
-            return min(max(exchange + 2, 30), limits.exchanges)
-        total = exchange * np.log(self._first / limits.tolerance) / np.log(self._first / now)
-        return int(min(max(total + 1, exchange + 2), limits.exchanges))
 
     def go(self, direction: Vector, length: float) -> None:
         self._step = length * direction
@@ -182,7 +183,7 @@ def label_holder(
         norm = float(np.sqrt(max(gram[-1, -1], 0.0)))
         converged = norm <= limits.tolerance
         last = converged or stuck or exchange + 1 == limits.exchanges
-        session.advance(exchange + 1, exchange + 1 if last else history.expected(exchange, limits))
+        session.advance(exchange + 1, exchange + 1 if last else expected(history.first, history.norm, exchange, limits))
         if last:
             session.broadcast(Direction(exchange, converged, np.empty(0)))
             objective = Logistic.value(scores, y) + penalty / 2 * square
@@ -234,7 +235,9 @@ def feature_holder(
         basis = history.basis
         contribution.send_scalars(_packed(*_scalars(basis, history.weights)), exchange)
         order = channel.receive(Direction)
-        session.advance(exchange + 1, history.expected(exchange, limits) if len(order.data) else exchange + 1)
+        session.advance(
+            exchange + 1, expected(history.first, history.norm, exchange, limits) if len(order.data) else exchange + 1
+        )
         with blame(channel.peer):
             if order.exchange != exchange or len(order.data) not in (0, basis.shape[1]):
                 raise ValueError("a direction of another step or size than is due")

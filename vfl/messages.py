@@ -142,7 +142,7 @@ class MaskedScalars(_Step):
 @kind(210, "aggregate", "<f8", 1)
 @dataclass(frozen=True, eq=False)
 class Direction(_Step):
-    """G -> k: the search direction as coefficients over the history, the gradient last; empty: training ends here,
+    """G -> k: the next direction as coefficients over the history, the gradient last; empty: training ends here,
     at the optimum (`converged`) or at the agreed number of exchanges."""
 
     converged: bool
@@ -156,7 +156,7 @@ class Direction(_Step):
 @kind(211, "aggregate")
 @dataclass(frozen=True, eq=False)
 class Step(_Step):
-    """G -> k: how far to go along the direction."""
+    """G -> k, lbfgs: how far to go along the direction."""
 
     length: float
 
@@ -164,3 +164,15 @@ class Step(_Step):
         super().__post_init__()
         if not 0 <= self.length < 1e12:
             raise ValueError("a step is finite and not negative")
+
+
+@kind(212, "aggregate", "<f8", 1)
+@dataclass(frozen=True, eq=False)
+class Weights(_Step):
+    """G -> k, subspace: the weights as coefficients over the directions so far."""
+
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _bounded(self.data)

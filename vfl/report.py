@@ -15,10 +15,15 @@ from parties.agreement import Agreement
 from parties.files import write_whole
 from parties.party_file import Party
 from vfl.job import Outcome, Prepared
+from vfl.linear import Scaling
 
 SINGLE_HOLDER = (
     "One feature holder: its partial embeddings have nothing to hide behind. After as many exchanges as it has columns "
     "the label holder can rebuild these columns up to a linear map, and exactly once it knows as many rows."
+)
+SEVERAL_HOLDERS = (
+    "The agreement allows more exchanges than the feature holders have columns together: the label holder, once it "
+    "knows as many rows of one of them, can then rebuild that one's other rows."
 )
 
 
@@ -26,7 +31,7 @@ def write_outcome(party: Party, outcome: Outcome) -> dict[str, Any]:
     """Write model.json, psi_report.json, rows.csv and summary.json into the party's output folder; the summary."""
     folder = party.output
     scaler = outcome.scaler
-    saved = None if scaler is None else {"mean": scaler.mean_.tolist(), "scale": scaler.scale_.tolist()}
+    saved = None if scaler is None else Scaling(scaler.mean_.tolist(), scaler.scale_.tolist())
     outcome.model.save(folder / "model.json", scaler=saved)
     write_json(folder / "psi_report.json", outcome.psi_report)
     rows = pd.DataFrame({"row": outcome.rows, "part": np.where(outcome.test, "test", "train")})
@@ -70,10 +75,10 @@ def summarise(party: Party, outcome: Outcome) -> dict[str, Any]:
 
 def notes(agreement: Agreement) -> list[str]:
     """What everybody should know about this agreement before and after it runs."""
+    allowed = agreement.model.allow_reconstruction
     if agreement.feature_holders > 1:
-        return []
-    consent = "The agreement allows to go beyond." if agreement.model.allow_reconstruction else "Training stops there."
-    return [f"{SINGLE_HOLDER} {consent}"]
+        return [SEVERAL_HOLDERS] if allowed else []
+    return [f"{SINGLE_HOLDER} {'The agreement allows to go beyond.' if allowed else 'Training stops there.'}"]
 
 
 def write_json(path: Path, value: Any) -> None:

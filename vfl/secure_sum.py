@@ -112,7 +112,11 @@ class Contribution:
 
 
 def sum_embeddings(session: Session, rows: int, exchange: int) -> Vector:
-    """At the label holder: the sum of the partial embeddings over the feature holders, (rows,)."""
+    """At the label holder: the sum of the partial embeddings over the feature holders, (rows,).
+
+    Reveals:
+        To us: that sum; with one feature holder, its embedding itself.
+    """
     channels = list(session.channels.values())
     if len(channels) == 1:
         return _checked(channels[0], channels[0].receive(PartialEmbedding), exchange, rows).astype(np.float64)
@@ -123,7 +127,11 @@ def sum_embeddings(session: Session, rows: int, exchange: int) -> Vector:
 
 
 def sum_scalars(session: Session, count: int, exchange: int) -> Vector:
-    """At the label holder: the sums of the feature holders' scalar products, (count,)."""
+    """At the label holder: the sums of the feature holders' scalar products, (count,).
+
+    Reveals:
+        To us: these sums; with one feature holder, its own.
+    """
     channels = list(session.channels.values())
     if len(channels) == 1:
         return _checked(channels[0], channels[0].receive(PartialScalars), exchange, count).astype(np.float64)

@@ -124,6 +124,9 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         for what in ("name", "public_key"):
             if len({getattr(party, what) for party in self.parties}) < len(self.parties):
                 raise ValueError(f"two parties have the same {what}")
+        endpoints = [party.endpoint for party in self.parties if party.endpoint]
+        if len(set(endpoints)) < len(endpoints):
+            raise ValueError("two parties have the same endpoint; each needs its own")
         if sum(party.role == "label holder" for party in self.parties) != 1:
             raise ValueError("exactly one party is the label holder")
         if sum(not party.endpoint for party in self.parties) > 1:

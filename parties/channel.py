@@ -7,16 +7,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
-from parties.errors import ColonnadeError, LocalError, PeerAborted, ProtocolViolation
+from parties.errors import ColonnadeError, LocalError, PeerAborted, PeerLost, ProtocolViolation
 from parties.ledger import Ledger
-from parties.message import Abort, Message, decode, encode, name_of, parse_header
+from parties.message import Abort, Header, Message, decode, encode, name_of, parse_header
 
 M = TypeVar("M", bound=Message)
 NO_SESSION = bytes(32)
 
 
 class Link(Protocol):
-    """Carries frames to and from one peer, in order, once. Both methods raise PeerLost at their deadline (seconds)."""
+    """Carries frames to and from one peer, in order, once. Both methods raise PeerLost at their deadline (seconds).
+
+    A link whose `send` waits for room may also have `last(header, payload)`, for a last message that does not wait.
+    """
 
     def send(self, header: bytes, payload: bytes | memoryview, timeout: float) -> None: ...
 
@@ -42,7 +45,14 @@ class Channel:
         return self._sent_hash.digest(), self._received_hash.digest()
 
     def send(self, message: Message, timeout: float | None = None) -> None:
-        """Record, then send. Raises Refused (class not allowed), PeerLost, LocalError (too large)."""
+        """Record, then send. Raises Refused (class not allowed), PeerLost, PeerAborted, LocalError (too large)."""
+        header, payload = self._record(message)
+        try:
+            self._link.send(header, payload, self._timeout if timeout is None else timeout)
+        except PeerLost as lost:
+            raise self._unread_abort() or lost from None
+
+    def _record(self, message: Message) -> tuple[bytes, bytes | memoryview]:
         try:
             header, payload = encode(message, self.session, self._our_id, self._peer_id, self._sent)
         except ValueError as error:
@@ -53,7 +63,25 @@ class Channel:
         self._ledger.record(self.peer, type(message).__name__, message.ledger_class, shape, size, digest)
         self._sent += 1
         self._sent_hash.update(digest)
-        self._link.send(header, payload, self._timeout if timeout is None else timeout)
+        return header, payload
+
+    def _unread_abort(self) -> PeerAborted | None:
+        """The abort that the lost peer sent, if it lies among what has arrived."""
+        with suppress(ColonnadeError, ValueError):
+            while True:
+                head, payload = self._link.receive(0.0)
+                if aborted := self._abort_in(parse_header(head), payload):
+                    return aborted
+        return None
+
+    def _abort_in(self, header: Header, payload: bytes) -> PeerAborted | None:
+        if header.sender != self._peer_id or header.receiver != self._our_id:
+            raise ValueError("a message that names another sender or receiver")
+        if header.kind != Abort.kind:
+            return None
+        reason = decode(header, payload, Abort).reason
+        text = f"{self.peer} stopped ({_REASONS[reason]}); its own message and log say more"
+        return PeerAborted(text, peer=self.peer, reason=reason)
 
     def receive(self, expected: type[M], timeout: float | None = None) -> M:
         """The next message, which must be of the `expected` kind.
@@ -65,15 +93,8 @@ class Channel:
         head, payload = self._link.receive(self._timeout if timeout is None else timeout)
         try:
             header = parse_header(head)
-            if header.sender != self._peer_id or header.receiver != self._our_id:
-                raise ValueError("a message that names another sender or receiver")
-            if header.kind == Abort.kind:
-                reason = decode(header, payload, Abort).reason
-                raise PeerAborted(
-                    f"{self.peer} stopped ({_REASONS[reason]}); its own message and log say more",
-                    peer=self.peer,
-                    reason=reason,
-                )
+            if aborted := self._abort_in(header, payload):
+                raise aborted
             if header.session != self.session:
                 raise ValueError(f"{name_of(header.kind)} belongs to another session")
             if header.number != self._received:
@@ -102,7 +123,12 @@ class Channel:
     def abort(self, reason: str) -> None:
         """Tell the peer that we stop, if it can still be told; never raises."""
         with suppress(ColonnadeError):
-            self.send(Abort(reason), timeout=2.0)
+            header, payload = self._record(Abort(reason))
+            last = getattr(self._link, "last", None)  # links in memory have none
+            if last is None:
+                self._link.send(header, payload, 2.0)
+            else:
+                last(header, payload)
 
 
 _REASONS = {
@@ -111,6 +137,7 @@ _REASONS = {
     "lost": "it lost a party",
     "violation": "it saw a violation of the protocol",
     "aborted": "another party stopped",
+    "interrupted": "somebody interrupted it",
     "error": "an internal error",
 }
 

@@ -10,11 +10,13 @@ gives out, and with handover it would take over the route of the peer that has i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import zmq
@@ -24,6 +26,7 @@ from parties.errors import LocalError
 from parties.identity import Identity
 
 DOMAIN = b"colonnade"
+OFTEN, WHILE = 100, 600.0  # connections let in with one key within so many seconds: more is no broken line
 _BURST = 64  # handled of one kind before the others have their turn
 _EVENTS = (
     zmq.EVENT_DISCONNECTED
@@ -49,11 +52,27 @@ def user_id(key: bytes) -> str:
     return key.hex()
 
 
+@contextlib.contextmanager
+def files() -> Iterator[None]:
+    """As many file descriptors as the system allows, since everybody who knocks takes one; LocalError without any."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows; macOS may refuse its own limit
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    except (zmq.ZMQError, OSError) as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise LocalError("too many open files to start the transport; raise the limit with 'ulimit -n'") from None
+
+
 class Gate:
     """Answers, for every key that knocks, whether it is listed."""
 
     def __init__(self, context: zmq.Context[Socket], listed: Iterable[bytes], log: Callable[[str], None]) -> None:
-        self._listed = frozenset(listed)
+        self._let_in: dict[bytes, deque[float]] = {key: deque(maxlen=OFTEN) for key in listed}  # and when
         self._log = log
         self._logged: set[bytes] = set()
         self.refused = 0
@@ -68,20 +87,25 @@ class Gate:
             if not self.socket.poll(0):
                 break
             version, request, domain, _, _, mechanism, key = [*self.socket.recv_multipart(), *[b""] * 6][:7]
-            listed = (version, domain, mechanism) == (b"1.0", DOMAIN, b"CURVE") and key in self._listed
-            verdict = [b"200", b"OK", user_id(key).encode()] if listed else [b"400", b"not listed", b""]
+            times = self._let_in.get(key) if (version, domain, mechanism) == (b"1.0", DOMAIN, b"CURVE") else None
+            now = time.monotonic()
+            welcome = times is not None and (len(times) < OFTEN or now - times[0] > WHILE)
+            verdict = [b"200", b"OK", user_id(key).encode()] if welcome else [b"400", b"refused", b""]
             self.socket.send_multipart([b"1.0", request, *verdict, b""])
-            if listed:
+            if times is None:
+                self.refused += key != self.probe
+                self._note(key, "with an unlisted key")
+            elif welcome:
+                times.append(now)
                 admitted.append(user_id(key))
-            elif key != self.probe:
-                self._refuse(key)
+            else:
+                self._note(key, f"with a key let in {OFTEN} times in {WHILE / 60:.0f} minutes")
         return admitted
 
-    def _refuse(self, key: bytes) -> None:
-        self.refused += 1
-        if key not in self._logged and len(self._logged) < 16:
+    def _note(self, key: bytes, what: str) -> None:
+        if key != self.probe and key not in self._logged and len(self._logged) < 16:
             self._logged.add(key)
-            self._log(f"a connection with an unlisted key was refused (transport key {transport_print(key)})")
+            self._log(f"a connection {what} was refused (transport key {transport_print(key)})")
 
 
 def open_socket(
@@ -90,11 +114,15 @@ def open_socket(
     me: Identity,
     endpoint: str,
     *,
+    thread: int,
     frame: int,
     handshake: float,
     silence: float,
 ) -> Socket:
-    """A CURVE socket with every limit (bytes) and interval (seconds) set, neither bound nor connected."""
+    """A CURVE socket with every limit (bytes) and interval (seconds) set, neither bound nor connected.
+
+    `thread` is the number of the I/O thread that serves it: libzmq looks names up there, and all else there waits.
+    """
     if not endpoint.startswith("tcp://"):
         raise LocalError(f"{endpoint} is not an endpoint; write tcp://host:port")
     socket = context.socket(kind)
@@ -112,6 +140,7 @@ def open_socket(
     for option, value in seconds.items():
         socket.setsockopt(option, max(1, round(value * 1000)))
     plain = {
+        zmq.AFFINITY: 1 << thread,
         zmq.LINGER: 0,
         zmq.SNDHWM: 64,
         zmq.RCVHWM: 64,
@@ -134,6 +163,7 @@ def bind(socket: Socket, endpoint: str) -> str:
     remedies = {
         errno.EADDRINUSE: "another program has this port: stop it or choose another port",
         errno.EINVAL: "write tcp://host:port",
+        errno.EMFILE: "raise the limit of open files with 'ulimit -n'",
         errno.ENODEV: foreign,
         errno.EADDRNOTAVAIL: foreign,
     }
@@ -159,9 +189,12 @@ def events(monitor: Socket) -> Iterator[int]:
         yield struct.unpack("=hi", monitor.recv_multipart()[0])[0]
 
 
-def probe(endpoint: str, server: bytes, keys: tuple[bytes, bytes], within: float = 5.0) -> None:
+def probe(
+    endpoint: str, server: bytes, keys: tuple[bytes, bytes], answer: Callable[[], object], within: float = 5.0
+) -> None:
     """Knock at our own door with an unlisted key. Raises LocalError unless the handler refuses it.
 
+    `answer` is called again and again, to make the handler answer.
     A handler that does not answer at all refuses nobody either, as far as libzmq can tell, so only its "no" counts.
     """
     context: zmq.Context[Socket] = zmq.Context()
@@ -173,8 +206,9 @@ def probe(endpoint: str, server: bytes, keys: tuple[bytes, bytes], within: float
         monitor = watch(socket)
         socket.connect(endpoint.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]"))
         deadline = time.monotonic() + within
-        while (left := deadline - time.monotonic()) > 0:
-            if monitor.poll(int(left * 1000) + 1):
+        while time.monotonic() < deadline:
+            answer()
+            if monitor.poll(10):
                 for event in events(monitor):
                     if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                         return

@@ -33,7 +33,7 @@ FIXED = struct.Struct("!BB7Q")
 PIECE = 256 * 1024
 HEADER_LIMIT = 64 * 1024
 FRAME_LIMIT = PIECE + 1024  # on the wire, with what CURVE adds
-WINDOW = 16  # messages that the peer has not consumed
+WINDOW = 16  # messages that the peer has not consumed; it has room for one more, the last
 FLIGHT = 16  # frames that the peer has not received
 _PARTS = {BEAT: 1, OPEN: 3, MORE: 2, BYE: 1}
 _Queued = tuple[int, int, tuple[bytes | memoryview, ...]]  # kind, length, parts
@@ -53,7 +53,7 @@ class Delivery:
         self._flown = 0  # how many of them are sent
         self.acked = 0
         self._highest = 0  # the highest number ever sent
-        self._sent = self._taken = 0  # messages: ours in all, and consumed by the peer
+        self._sent = self._arrived = self._taken = 0  # messages: ours in all, those acknowledged, those consumed
         self.received = 0
         self.consumed = 0
         self._opened = 0  # messages begun by the peer
@@ -69,9 +69,19 @@ class Delivery:
         return self._sent - self._taken < WINDOW
 
     @property
+    def last_room(self) -> bool:
+        """Whether there is room for the last message, which need not wait for the window."""
+        return self._sent - self._taken <= WINDOW
+
+    @property
     def waiting(self) -> bool:
         """Whether the peer has yet to acknowledge something that is sent."""
         return self._flown > 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing may be sent now."""
+        return self._flown >= min(FLIGHT, len(self._out)) or not self.target
 
     @property
     def settled(self) -> bool:
@@ -99,7 +109,7 @@ class Delivery:
 
     def due(self, progress: int) -> list[bytes | memoryview] | None:
         """The next frame to send, if any may go now; `gone()` confirms that it went."""
-        if self._flown >= min(FLIGHT, len(self._out)) or not self.target:
+        if self.idle:
             return None
         kind, length, parts = self._out[self._flown]
         return [self._fixed(kind, self.acked + self._flown + 1, length, progress), *parts]
@@ -138,7 +148,7 @@ class Delivery:
             raise PeerLost(
                 f"{self.peer} was started again in the middle of the run; start all parties again", peer=self.peer
             )
-        if received > self._highest or consumed > self._sent:
+        if received > self._highest:
             raise self._violation("an acknowledgement of what was never sent")
         self.target = source
         self.progress = max(self.progress, progress)
@@ -157,9 +167,12 @@ class Delivery:
 
     def _acknowledge(self, received: int, consumed: int) -> None:
         for _ in range(received - self.acked):
-            self._out.popleft()
+            kind = self._out.popleft()[0]
             self._flown = max(0, self._flown - 1)
+            self._arrived += kind != BYE and (not self._out or self._out[0][0] != MORE)  # its last piece
         self.acked = max(self.acked, received)
+        if consumed > self._arrived:  # else the window opens while what it bounds piles up here
+            raise self._violation("a count of messages that it never received")
         self._taken = max(self._taken, consumed)
 
     def _book(self, kind: int, length: int, parts: Sequence[bytes]) -> None:
@@ -170,7 +183,7 @@ class Delivery:
             return
         if kind == OPEN:
             self._opened += 1
-            if self._opened - self.consumed > WINDOW:
+            if self._opened - self.consumed > WINDOW + 1:
                 raise self._violation("more than the window allows")
             if length > self.limit or len(parts[1]) > HEADER_LIMIT:
                 raise self._violation(f"a message above the limit of {self.limit} bytes")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from parties.curve import Socket
 from parties.delivery import Delivery
-from parties.errors import ColonnadeError, LocalError, PeerLost, Refused
+from parties.errors import ColonnadeError, LocalError, PeerLost, ProtocolViolation, Refused
 from parties.identity import PublicIdentity
 
 if TYPE_CHECKING:
     from parties.zeromq import Post
 
 TURN = 0.2  # seconds between two looks at the clock
-RESEND = 3.0  # seconds in which something sent must be acknowledged; doubled up to ten times that
+RESEND = 30.0  # seconds without acknowledgement, a backstop (a new connection sends again); doubled up to ten times that
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Patience:
     connect: float = 600.0  # for a peer to come at all: people start at different times
     silence: float = 15.0  # no frame at all
     stall: float = 120.0  # frames, but no progress of the peer's working loop
-    handshake: float = 20.0  # connections that never become a conversation
+    handshake: float = 20.0  # connections that never become a conversation; half of it when the other side is at fault
     flush: float = 10.0  # at close, for what is not yet acknowledged
 
 
@@ -54,6 +54,7 @@ class Link:
         self.came: float | None = None  # when the peer's key was first accepted, or its server accepted ours
         self.born = self.heard = self.progressed = self.acknowledged = now
         self.refusing: float | None = None  # since when every handshake fails
+        self.vague = False  # whether the last one failed for a reason unknown, as with a wrong key
         self.awaited: float | None = None  # since when the role waits for this peer
         self.next_beat = 0.0
         self.resend = RESEND
@@ -64,6 +65,13 @@ class Link:
         with self._post.changed:
             self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
             self.books.push(header, payload)
+        self._post.wake()
+
+    def last(self, header: bytes, payload: bytes | memoryview) -> None:
+        """Leave the last message, if the peer can still be told; never waits, since the peer has room for it."""
+        with self._post.changed:
+            if self._post.closing is None and not self.mute and not self.books.closed and self.books.last_room:
+                self.books.push(header, payload)
         self._post.wake()
 
     def receive(self, timeout: float) -> tuple[bytes, bytes]:
@@ -107,6 +115,18 @@ class Link:
 
     # ---- for the post, which holds the lock
 
+    @property
+    def mute(self) -> bool:
+        """Whether nothing more is sent. A peer that violated the protocol may be honest: it hears why we stop."""
+        return self.failure is not None and not isinstance(self.failure, ProtocolViolation)
+
+    @property
+    def finished(self) -> bool:
+        """When closing: whether the peer cannot, or need not, acknowledge anything more."""
+        if self.failure is not None:
+            return self.mute or self.route is None or self.books.idle
+        return self.books.closed or self.books.settled or self.came is None
+
     def connected(self) -> None:
         """A new connection: send again what may be lost with the old one, and begin by showing ourselves."""
         self.books.rewind()
@@ -122,7 +142,7 @@ class Link:
         before = self.books.acked, self.books.progress
         if not self.books.accept(parts):
             if not self.books.target:  # it speaks to an earlier run of ours, learns so from our beat, and may return
-                self.came, self.born = None, now
+                self.came = None
             return
         self.greet(now)
         self.heard = now
@@ -144,11 +164,13 @@ class Link:
         where = self.peer.endpoint
         if self.came is None:
             late = now - self.born > patience.connect
-            if self.refusing is not None and (late or now - self.refusing > patience.handshake / 2):
+            enough = patience.handshake if self.vague else patience.handshake / 2
+            if self.refusing is not None and (late or now - self.refusing > enough):
                 ours, agreed = self._post.me.public.fingerprint, self.peer.public.fingerprint
                 return Refused(
                     f"no handshake with {self.name} at {where} succeeds: its key is not the agreed {agreed} (ours is "
-                    f"{ours}), or another program answers there; compare the fingerprints and the endpoint",
+                    f"{ours}), or another program answers there, or a forwarder with no program behind it; compare the "
+                    "fingerprints and the endpoint, and ask whether it is running",
                     peer=self.name,
                 )
             if not late:

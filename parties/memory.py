@@ -79,7 +79,7 @@ def make_agreement(identities: Mapping[str, Identity], **tables: Any) -> Agreeme
             name=name,
             role="feature holder" if number else "label holder",
             public_key=str(identity.public),
-            endpoint="tcp://127.0.0.1:1",
+            endpoint=f"tcp://127.0.0.1:{7001 + number}",
         )
         for number, (name, identity) in enumerate(identities.items())
     ]

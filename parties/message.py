@@ -89,7 +89,7 @@ class Abort(Message):
     reason: str
 
     def __post_init__(self) -> None:
-        if self.reason not in ("local", "refused", "lost", "violation", "aborted", "error"):
+        if self.reason not in ("local", "refused", "lost", "violation", "aborted", "interrupted", "error"):
             raise ValueError("unknown reason")
 
 

@@ -160,12 +160,15 @@ def handshake(
     ours = Hello(agreement.digest, approval, task, nonce)
     for channel in channels.values():
         channel.send(ours)
-    hellos = {me.name: ours}
-    for name, channel in channels.items():
-        hello = hellos[name] = channel.receive(Hello)
-        if hello.digest != agreement.digest:
-            channel.send(AgreementText(np.frombuffer(agreement.canonical, np.uint8)))
-            raise Refused(_difference(name, agreement, channel.receive(AgreementText).data.tobytes()), peer=name)
+    hellos = {me.name: ours} | {name: channel.receive(Hello) for name, channel in channels.items()}
+    others = [name for name in channels if hellos[name].digest != agreement.digest]
+    for name in others:  # all tell before anybody stops, so that all learn what differs
+        channels[name].send(AgreementText(np.frombuffer(agreement.canonical, np.uint8)))
+    texts = {name: channels[name].receive(AgreementText).data.tobytes() for name in others}
+    if others:
+        raise Refused("; ".join(_difference(name, agreement, texts[name]) for name in others), peer=others[0])
+    for name in channels:
+        hello = hellos[name]
         if not agreement.approved(name, hello.approval):
             raise Refused(f"{name} has not approved this agreement: it must run 'colonnade sign' first", peer=name)
         if hello.task != task:
@@ -232,7 +235,9 @@ def converse(
         with session.phase("close"):
             session.close()
     except BaseException as error:
-        reason = error.kind if isinstance(error, ColonnadeError) else "error"
+        reason = "error"
+        if isinstance(error, (ColonnadeError, KeyboardInterrupt)):
+            reason = getattr(error, "kind", "interrupted")
         for channel in channels.values():
             channel.abort(reason)
         raise

@@ -54,7 +54,7 @@ def read_table(
     if twice:
         raise LocalError(f"column {twice[0]!r} is declared more than once; id, features and label must differ")
     if not path.exists():
-        raise LocalError(f"{path} does not exist; correct [table] path in the party's file")
+        raise LocalError(f"{path} does not exist; correct the path of the table")
     if path.suffix.lower() in (".parquet", ".pq"):
         frame = _read_parquet(path, columns)
     else:
@@ -109,6 +109,9 @@ def _check_header(path: Path, header: list[str], columns: list[str]) -> None:
     if unnamed:
         raise LocalError(f"{path} has {unnamed} columns without a name; name them or leave them out")
     missing = [name for name in columns if name not in header]
+    other = next((mark for mark in ";\t|," if len(header) == 1 and mark in header[0]), "")
+    if missing and other:
+        raise LocalError(f"{path}: the header is one field with {other!r} in it; set separator = {other!r} in [table]")
     if missing:
         raise LocalError(f"{path} lacks the columns {', '.join(map(repr, missing))}; it has {len(header)} others")
     double = [name for name in columns if header.count(name) > 1]

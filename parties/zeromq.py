@@ -33,6 +33,7 @@ __all__ = ["Link", "Patience", "Peer", "Post"]
 _USUAL = Patience()
 _LOG = logging.getLogger("colonnade")
 _LINGER = 200  # milliseconds for the last acknowledgement to leave the machine
+_THREADS = 63  # I/O threads that ZMQ_AFFINITY, a signed number here, can tell apart
 _BURST = 64  # frames taken from one socket before the others have their turn
 
 
@@ -59,7 +60,7 @@ class Post:
         self._log = log
         self._progress = 1
         self.closing: float | None = None
-        self._claimed = self._failed_handshakes = 0
+        self._failed_handshakes = 0
         self._links = {peer.name: Link(self, peer, frame_limit) for peer in peers}
         coming = [link for link in self._links.values() if link.peer.endpoint is None]
         self._by_user = {curve.user_id(link.peer.public.curve): link for link in coming}
@@ -68,42 +69,38 @@ class Post:
             raise LocalError("two parties have the same name or key; every party needs its own")
         if coming and listen is None:
             raise LocalError(f"{coming[0].name} connects to us, but we have no endpoint to listen on; set one")
-        self._context: zmq.Context[curve.Socket] = zmq.Context()  # our own: its one ZAP handler is ours
-        self._bell, self._hook = sockets.socketpair()
-        self._bell.setblocking(False)
-        self._hook.setblocking(False)
         self._router: curve.Socket | None = None
         self._router_monitor: curve.Socket | None = None
-        self._gate = curve.Gate(self._context, (link.peer.public.curve for link in coming), log)
-        self._thread = threading.Thread(target=self._run, name=f"post of {me.name}", daemon=True)
-        try:
-            if listen is not None:
-                self._listen(listen)
-            for link in self._links.values():
-                if link.peer.endpoint is None:
+        dealers = [(link, link.peer.endpoint) for link in self._links.values() if link.peer.endpoint is not None]
+        with curve.files():
+            self._context: zmq.Context[curve.Socket] = zmq.Context(min(1 + len(dealers), _THREADS))  # and its ZAP handler
+            self._bell, self._hook = sockets.socketpair()
+            self._bell.setblocking(False)
+            self._hook.setblocking(False)
+            self._gate = curve.Gate(self._context, (link.peer.public.curve for link in coming), self._say)
+            self._thread = threading.Thread(target=self._run, name=f"post of {me.name}", daemon=True)
+            try:
+                if listen is not None:
+                    self._listen(listen)
+                for link in coming:
                     link.socket = self._router
-                else:
-                    self._connect(link, link.peer.endpoint)
-        except BaseException:
-            self._release(0)
-            raise
+                for number, (link, endpoint) in enumerate(dealers):
+                    self._connect(link, endpoint, 1 + number % (_THREADS - 1))
+            except BaseException:
+                self._release(0)
+                raise
         self._thread.start()
-        try:
-            if self.endpoint is not None:
-                public, secret = zmq.curve_keypair()
-                self._gate.probe = z85.decode(public)
-                curve.probe(self.endpoint, me.public.curve, (public, secret))
-        except BaseException:
-            self.close()
-            raise
 
     def _listen(self, endpoint: str) -> None:
-        self._router = self._open(zmq.ROUTER, endpoint)
+        self._router = self._open(zmq.ROUTER, endpoint, 0)
         self._router_monitor = curve.watch(self._router)
         self.endpoint = curve.bind(self._router, endpoint)
+        public, secret = zmq.curve_keypair()
+        self._gate.probe = z85.decode(public)
+        curve.probe(self.endpoint, self.me.public.curve, (public, secret), self._admit)
 
-    def _connect(self, link: Link, endpoint: str) -> None:
-        link.socket = self._open(zmq.DEALER, endpoint)
+    def _connect(self, link: Link, endpoint: str, thread: int) -> None:
+        link.socket = self._open(zmq.DEALER, endpoint, thread)
         link.socket.curve_serverkey = link.peer.public.curve_z85
         link.monitor = curve.watch(link.socket)
         try:
@@ -111,11 +108,26 @@ class Post:
         except zmq.ZMQError:
             raise LocalError(f"{endpoint} of {link.name} is not an endpoint; write tcp://host:port") from None
 
-    def _open(self, kind: int, endpoint: str) -> curve.Socket:
+    def _open(self, kind: int, endpoint: str, thread: int) -> curve.Socket:
         handshake, silence = self.patience.handshake, self.patience.silence
         return curve.open_socket(
-            self._context, kind, self.me, endpoint, frame=FRAME_LIMIT, handshake=handshake, silence=silence
+            self._context,
+            kind,
+            self.me,
+            endpoint,
+            thread=thread,
+            frame=FRAME_LIMIT,
+            handshake=handshake,
+            silence=silence,
         )
+
+    def _admit(self) -> None:
+        for user in self._gate.answer():
+            self._by_user[user].greet(time.monotonic())
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(Exception):  # whatever the caller's log does, the post goes on
+            self._log(line)
 
     def link(self, name: str) -> Link:
         return self._links[name]
@@ -172,12 +184,15 @@ class Post:
                 turned = time.monotonic()
         except BaseException as bug:
             problem = f"the transport stopped on an internal error ({type(bug).__name__}); please report it"
-            self._log(problem)
-        with self.changed:
-            for link in self._links.values():
-                link.failure = link.failure or LocalError(problem)
-            self.changed.notify_all()
-        self._release(_LINGER)
+            self._say(problem)
+        finally:
+            try:
+                with self.changed:
+                    for link in self._links.values():
+                        link.failure = link.failure or LocalError(problem)
+                    self.changed.notify_all()
+            finally:
+                self._release(_LINGER)
 
     def _release(self, linger: int) -> None:
         self._context.destroy(linger)
@@ -189,17 +204,13 @@ class Post:
         with self.changed:
             return self.closing is not None and (
                 time.monotonic() - self.closing > self.patience.flush
-                or all(
-                    link.failure or link.books.closed or link.books.settled or not link.books.target
-                    for link in self._links.values()
-                )
+                or all(link.finished for link in self._links.values())
             )
 
     def _turn(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._hook.recv(4096)
-        for user in self._gate.answer():
-            self._by_user[user].greet(time.monotonic())
+        self._admit()
         if self._router is not None and self._router_monitor is not None:
             for event in curve.events(self._router_monitor):
                 self._failed_handshakes += bool(event & curve.HANDSHAKE_FAILED)
@@ -223,7 +234,7 @@ class Post:
         )
 
     def _fail(self, link: Link, error: ColonnadeError | None) -> None:
-        if error is not None and link.failure is None:
+        if error is not None and link.failure is None and not link.books.closed:  # then what it said still counts
             link.failure = error
             link.books.inbox.clear()
 
@@ -239,11 +250,13 @@ class Post:
                 ours = self.me.public
                 text = (
                     f"{link.name} does not list our key {ours.fingerprint} (transport key "
-                    f"{curve.transport_print(ours.curve)}) among those that connect to it; compare the agreements"
+                    f"{curve.transport_print(ours.curve)}) among those that connect to it{', or our line breaks too often' * bool(link.came)}; "
+                    "compare the agreements"
                 )
                 self._fail(link, Refused(text, peer=link.name))
             elif event & curve.HANDSHAKE_FAILED:
                 link.refusing = link.refusing or now
+                link.vague = event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             elif event == zmq.EVENT_CLOSED:  # nobody listens there: perhaps not yet
                 link.refusing = None
             elif event == zmq.EVENT_DISCONNECTED:
@@ -278,9 +291,7 @@ class Post:
         except (KeyError, zmq.ZMQError):
             return None
         if len(route) != 5 or route[0]:  # chosen by the peer: ours come from the router and begin with a zero byte
-            self._claimed += 1
-            if self._claimed == 1:
-                self._log(f"{link.name} claims a routing id; its frames are ignored")
+            self._fail(link, ProtocolViolation(f"{link.name} claims a routing id, which ours never do", peer=link.name))
             return None
         newest = link.route and int.from_bytes(link.route[0][1:])
         if not newest or 0 < (int.from_bytes(route[1:]) - newest) % 2**32 < 2**31:
@@ -304,7 +315,7 @@ class Post:
             self._put(link, books.beat(self._progress), now)
 
     def _put(self, link: Link, frame: list[bytes | memoryview], now: float) -> bool:
-        if link.route is None or link.socket is None or link.failure is not None:
+        if link.route is None or link.socket is None or link.mute:
             return False
         try:
             link.socket.send_multipart([*link.route, *frame], zmq.NOBLOCK)

@@ -109,12 +109,12 @@ def _gate(session: Session, ring: Ring, positions: list[Array] | None, agreed: i
     else:
         size = session.channels[ring.names[0]].receive(IntersectionSize).rows
     if size == -1:
-        raise Refused(f"the intersection is below the agreed minimum of {agreed} rows; nothing was revealed")
+        raise Refused(f"the intersection is below the agreed minimum of {agreed} rows; no row was revealed")
     if size < agreed or size + CANARIES + session.agreement.intersection.decoys > min(ring.sizes):
         raise ProtocolViolation(f"{ring.names[0]} tells a size that cannot be", peer=ring.names[0])
     session.broadcast(Gate(size >= ours))
     if size < ours:
-        raise Refused(f"the intersection of {size} rows is below our own minimum of {ours}; nothing was revealed")
+        raise Refused(f"the intersection of {size} rows is below our own minimum of {ours}; no row was revealed")
     _all_open(session, "does not let these rows be revealed: its own policy")
     return size
 

@@ -92,14 +92,16 @@ def canonical(
     found = [None if value is None else RULES[rule](value) for value in values]
     blank, lost = len(values) - len(present), found.count(None)
     if lost and empty == "fail":
-        raise fail(f'{blank} empty and {lost - blank} invalid ids under {rule}; correct them or set empty to "drop"')
+        raise fail(
+            f'{blank} empty and {lost - blank} invalid ids under {rule}; correct them, or agree on empty = "drop"'
+        )
     pairs = [(text, row) for row, text in enumerate(found) if text is not None]
     chosen: dict[str, int] = {}
     for text, row in reversed(pairs) if duplicates == "last" else pairs:
         chosen.setdefault(text, row)
     again = len(pairs) - len(chosen)
     if again and duplicates == "fail":
-        raise fail(f'{again} duplicate ids under {rule}; remove them or set duplicates to "first" or "last"')
+        raise fail(f'{again} duplicate ids under {rule}; remove them, or agree on duplicates = "first" or "last"')
     kept = sorted(chosen.items(), key=itemgetter(1))
     counts = {"read": len(values), "empty": blank, "invalid": lost - blank, "duplicate": again, "kept": len(kept)}
     return Identifiers([text for text, _ in kept], np.array([row for _, row in kept], dtype=np.int64), counts)

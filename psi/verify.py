@@ -22,7 +22,7 @@ class Check:
     """One question and its answer; `detail` says what differs, or what the answer rests on."""
 
     name: str
-    passed: bool
+    passed: bool | None  # None: it could not be made
     detail: str = ""
 
 
@@ -40,7 +40,7 @@ def verify(paths: Sequence[Path], agreement: Agreement | None = None) -> list[Ch
     """
     reports = [(path, load_report(path)) for path in paths]
     checks = [check for path, report in reports for check in _alone(path, report, agreement)]
-    if len(reports) > 1 and all(check.passed for check in checks):
+    if len(reports) > 1 and all(check.passed is not False for check in checks):
         checks += _together([report for _, report in reports])
     return checks
 
@@ -109,7 +109,7 @@ def _ledger(path: Path, report: Report, owner: PublicIdentity) -> Check:
     ledger = path.with_name(path.name.replace("psi_report.json", "ledger.jsonl"))
     title = f"{report.party}: ledger chain, its signature, and that it holds this report's point"
     if ledger == path or not ledger.exists():
-        return Check(title, True, "no ledger beside the report: not checked")
+        return Check(title, None, "no ledger beside the report")
     try:
         return Check(title, check_ledger(ledger, owner).get(report.ledger.entries) == report.ledger.head)
     except LocalError as error:
@@ -132,10 +132,10 @@ def _together(reports: list[Report]) -> list[Check]:
     ]
     checks.append(Check("all reports: each of another party", len(set(names)) == len(names)))
     missing = ", ".join(sorted(set(first.parties) - set(names)))
-    checks.append(Check("every party's report is here", True, f"not given: {missing}" if missing else "all of them"))
+    checks.append(Check("every party's report is here", None if missing else True, missing and f"not given: {missing}"))
     for sender in reports:
         for receiver in reports:
-            if sender is not receiver:
+            if sender.party != receiver.party:
                 sent, got = _flows(sender, "sent", receiver.party), _flows(receiver, "received", sender.party)
                 title = f"what {sender.party} sent to {receiver.party} is what arrived ({len(sent)} lists)"
                 checks.append(Check(title, sent == got))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -31,7 +32,7 @@ def finished(tmp_path_factory):
     """One run of three parties in three processes, then a scoring run, shared by the tests below."""
     folder = tmp_path_factory.mktemp("world")
     tables = customers(220)
-    paths = build(folder, tables, model="test_fraction = 0.25")
+    paths = build(folder, tables, model="test_fraction = 0.25\nallow_reconstruction = true")
     codes, errors = together({name: ["run", path] for name, path in paths.items()})
     assert codes == dict.fromkeys(tables, 0), errors
     new = {name: table.drop(columns="bad", errors="ignore").iloc[:150] for name, table in tables.items()}
@@ -333,3 +334,101 @@ def test_help_is_complete():
     for command in ("demo", "keygen", "init", "check", "sign", "run", "predict", "verify"):
         code, out, _ = colonnade(command, "--help")
         assert code == 0 and "Usage" in out and "--help" in out
+
+
+def test_a_second_start_does_not_touch_the_evidence_of_the_first(finished):
+    folder, _, paths, _ = finished
+    ledger = folder / "out" / "bank" / "ledger.jsonl"
+    before = ledger.read_bytes()
+    with (folder / "out" / "bank" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = colonnade("run", paths["bank"])
+    assert code == 2 and "another run writes to" in err
+    assert ledger.read_bytes() == before
+
+
+def test_a_run_that_never_began_leaves_the_earlier_one_verifiable(finished):
+    folder, _, paths, _ = finished
+    text = (folder / "agreement.toml").read_text()
+    with socket.socket() as busy:
+        busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        busy.bind(("127.0.0.1", int(re.findall(r"127\.0\.0\.1:(\d+)", text)[0])))
+        busy.listen()
+        assert colonnade("run", paths["bank"])[0] == 2
+    assert colonnade("verify", folder / "out" / "bank" / "psi_report.json")[0] == 0
+
+
+def test_reports_of_a_scoring_run_verify_too(finished):
+    folder, tables, _, _ = finished
+    reports = [folder / "out" / name / "score_psi_report.json" for name in tables]
+    code, out, err = colonnade("verify", *reports, "--agreement", folder / "agreement.toml")
+    assert code == 0, out + err
+    assert "ledger chain" in out and "--    " not in out
+
+
+def test_what_could_not_be_checked_is_not_called_ok(finished, tmp_path):
+    folder, _, _, _ = finished
+    alone = tmp_path / "psi_report.json"
+    alone.write_bytes((folder / "out" / "bank" / "psi_report.json").read_bytes())
+    code, out, _ = colonnade("verify", alone, folder / "out" / "grocer" / "psi_report.json")
+    assert code == 0
+    assert "--     bank: ledger chain" in out and "no ledger beside the report" in out
+    assert "--     every party's report is here  (not given: telco)" in out and "2 could not be made" in out
+
+
+def test_a_later_run_sets_the_earlier_ones_files_aside(tmp_path):
+    tables = customers(120)
+    paths = build(tmp_path, {name: tables[name] for name in ("bank", "grocer")})
+    for _ in range(2):
+        codes, errors = together({name: ["run", path] for name, path in paths.items()})
+        assert set(codes.values()) == {0}, errors
+    for name in paths:
+        now, earlier = tmp_path / "out" / name, tmp_path / "out" / name / "earlier" / "1"
+        assert colonnade("verify", now / "psi_report.json")[0] == 0
+        assert colonnade("verify", earlier / "psi_report.json")[0] == 0
+        assert (earlier / "model.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_party_tells_the_others_and_seals_its_ledger(tmp_path, number):
+    paths = build(tmp_path, customers(400), model="tolerance = 1e-12\nsolver = 'lbfgs'\nallow_reconstruction = true")
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", "vfl.cli", "run", str(path), "--events"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, path in paths.items()
+    }
+    try:
+        while '"train"' not in running["bank"].stdout.readline():
+            assert running["bank"].poll() is None
+        running["bank"].send_signal(number)
+        errors = {name: process.communicate(timeout=40)[1] for name, process in running.items()}
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    assert running["bank"].returncode == 130 and "interrupted" in errors["bank"]
+    assert "Traceback" not in "".join(errors.values())
+    for name in ("grocer", "telco"):
+        assert running[name].returncode == 4 and "bank stopped (somebody interrupted it)" in errors[name]
+        assert json.loads((tmp_path / "out" / name / "ledger.jsonl").read_text().splitlines()[-1])["event"] == "sealed"
+        assert (tmp_path / "out" / name / "psi_report.json").exists()  # rows were known: so is the evidence
+    assert "interrupted" in (tmp_path / "out" / "bank" / "log.txt").read_text()
+
+
+def test_scores_that_could_not_be_written_are_refused_before_the_session(finished, tmp_path):
+    folder, _, paths, _ = finished
+    code, _, err = colonnade(
+        "predict", paths["bank"], "--input", folder / "new_bank.csv", "--output", tmp_path / "nowhere" / "scores.csv"
+    )
+    assert code == 2 and "cannot write" in err and "nowhere" in err
+
+
+def test_init_keeps_an_agreement_that_came_from_the_others(tmp_path):
+    (tmp_path / "agreement.toml").write_text("theirs")
+    assert colonnade("init", "--name", "grocer", "--no-label-holder", "--folder", tmp_path)[0] == 0
+    assert (tmp_path / "agreement.toml").read_text() == "theirs"
+    assert 'key = "grocer.key"' in (tmp_path / "grocer.toml").read_text()

@@ -390,7 +390,7 @@ def test_a_direction_or_weights_of_another_exchange_or_size_is_refused(secret, k
 def test_absurd_numbers_end_in_a_typed_error(secret, parties, way, kind):
     parts, y = table(parties, 60)
     tamper = altering(*way, kind, with_data(lambda data: np.full_like(data, 1e308)), at=1)
-    ended = fit(parts, y, secret, params={"max_iter": 4, "allow_reconstruction": True}, tamper=tamper)
+    ended = fit(parts, y, secret, params={"max_iter": 4}, policy={"allow_reconstruction": True}, tamper=tamper)
     assert all(isinstance(error, ColonnadeError) for error in ended.values()), ended
 
 

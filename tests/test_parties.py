@@ -570,7 +570,8 @@ expires = 2999-12-31
 """
 
 
-def party_lines(name: str, role: str = "feature holder", endpoint: str = "tcp://host:1", key: str = "") -> str:
+def party_lines(name: str, role: str = "feature holder", endpoint: str | None = None, key: str = "") -> str:
+    endpoint = f"tcp://{name}:1" if endpoint is None else endpoint
     listens = f'endpoint = "{endpoint}"\n' if endpoint else ""
     return f'[[parties]]\nname = "{name}"\nrole = "{role}"\npublic_key = "{key or IDENTITIES[name].public}"\n{listens}'
 
@@ -678,7 +679,7 @@ FIELD_ERRORS = {
     "not a date": (TOML.replace("2999-12-31", '"soon"'), "expires"),
     "not a key": (TOML.replace("colonnade1:", "colonnade:"), "not a public key.*parties"),
     "bad name": (TOML.replace('"grocer"', '"The Grocer"'), "The Grocer.*parties"),
-    "bad endpoint": (TOML.replace("tcp://host:1", "http://host"), "endpoint of bank.*parties"),
+    "bad endpoint": (TOML.replace("tcp://bank:1", "http://bank"), "endpoint of bank.*parties"),
     "bad role": (TOML.replace('"feature holder"', '"observer"'), "parties.*role"),
     "one party": (HEAD + party_lines("bank", "label holder"), "parties"),
     "no label holder": (HEAD + party_lines("bank") + party_lines("grocer"), "exactly one party is the label holder"),
@@ -1145,7 +1146,7 @@ BAD_TABLES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "missing column": ("id,z\nhush,1\n", {}, "lacks the columns 'x'"),
     "missing id": ("ID,x\nhush,1\n", {}, "lacks the columns 'id'"),
     "missing in Parquet": ({"id": ["hush"]}, {}, "lacks the columns 'x'"),
-    "wrong separator": ("id;x\nhush;1\n", {}, "lacks the columns 'id', 'x'"),
+    "wrong separator": ("id;x\nhush;1\n", {}, "one field with ';' in it; set separator = ';'"),
     "unnamed column": ("id,x,,\nhush,1,2,3\n", {}, "2 columns without a name"),
     "unnamed with blanks": ("id,x, \nhush,1,2\n", {}, "1 columns without a name"),
     "duplicate feature": ("id,x,x\nhush,1,2\n", {}, "2 columns named 'x'"),

@@ -76,7 +76,7 @@ def run(written: dict[int, dict[str, Path]], tmp_path: Path) -> Callable[[int], 
 
 
 def failed(paths: list[Path], agreement: Agreement | None = None) -> list[str]:
-    return [check.name for check in verify(paths, agreement) if not check.passed]
+    return [check.name for check in verify(paths, agreement) if check.passed is False]
 
 
 def edit(path: Path, change: Callable[[Report], object], sign: str = "") -> None:

@@ -19,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parties import curve
+from parties.channel import Channel
 from parties.delivery import BEAT, BYE, FIXED, FRAME_LIMIT, MORE, OPEN, PIECE, VERSION, WINDOW, Delivery
-from parties.errors import ColonnadeError, LocalError, PeerLost, ProtocolViolation, Refused
+from parties.errors import ColonnadeError, LocalError, PeerAborted, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
+from parties.ledger import Ledger
+from parties.message import Abort
 from parties.zeromq import Link, Patience, Peer, Post
 
 ANY = "tcp://127.0.0.1:*"
@@ -383,8 +386,32 @@ def test_a_claimed_routing_id_gets_nothing_of_anothers(claim: bytes | None) -> N
             assert bank.link("grocer").route == route
             grocer.link("bank").send(b"back", b"", SOON)
             assert bank.link("grocer").receive(SOON) == (b"back", b"")
-    if claim:
-        assert lines == ["mill claims a routing id; its frames are ignored"]
+            if claim:
+                fails(ProtocolViolation, "mill claims a routing id", lambda: bank.link("mill").receive(SOON))
+    assert not lines
+
+
+def test_a_key_that_connects_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "OFTEN", 3)
+    lines: list[str] = []
+    with listening(GROCER, MILL, log=lines.append) as bank, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(Cheater(bank.endpoint)).greet()
+        with connecting(GROCER, bank.endpoint) as fourth:
+            fails(Refused, "bank does not list our key", lambda: fourth.link("bank").receive(SOON))
+        with connecting(MILL, bank.endpoint) as mill:
+            mill.link("bank").ready(SOON)
+    assert len(lines) == 1
+
+
+def test_a_stale_target_does_not_postpone_the_deadline() -> None:
+    with listening(GROCER) as bank, Cheater(bank.endpoint) as old:
+        start = time.monotonic()
+        while bank.link("grocer").failure is None:
+            assert time.monotonic() - start < SOON
+            old.socket.send(fixed(BEAT, target=99))
+            time.sleep(0.1)
+        fails(PeerLost, "grocer did not come", lambda: bank.link("grocer").receive(SOON))
 
 
 # ---- cheaters with a listed key
@@ -442,7 +469,7 @@ def test_data_that_the_format_forbids(kind: int, number: int, length: int, parts
 def test_a_peer_that_ignores_the_window() -> None:
     with listening(GROCER) as bank, Cheater(bank.endpoint) as cheater:
         target = cheater.greet()
-        for i in range(WINDOW + 1):
+        for i in range(WINDOW + 2):
             cheater.socket.send_multipart([fixed(OPEN, i + 1, target), b"", b""])
         link = bank.link("grocer")
         until(lambda: link.failure is not None)
@@ -470,7 +497,34 @@ def test_no_frame_breaks_the_books(frames: list[tuple[int, int, int, list[bytes]
             books.accept([fixed(kind, number, books.source, length), *parts])
         with contextlib.suppress(ProtocolViolation, PeerLost):
             books.accept([noise, *parts])
-    assert len(books.inbox) <= WINDOW
+    assert len(books.inbox) <= WINDOW + 1
+
+
+def test_a_peer_that_claims_to_consume_what_it_did_not_receive() -> None:
+    books = Delivery("grocer", 2 * PIECE)
+    books.accept([fixed(BEAT)])
+    books.push(b"", bytes(PIECE + 1))
+    while books.due(0):
+        books.gone()
+    books.accept([fixed(BEAT, received=1)])
+    with pytest.raises(ProtocolViolation, match="never received"):
+        books.accept([fixed(BEAT, received=1, consumed=1)])
+    books.accept([fixed(BEAT, received=2, consumed=1)])
+
+
+def test_who_violates_the_protocol_is_told_why_we_stop() -> None:
+    with listening(GROCER) as bank, Cheater(bank.endpoint) as cheater:
+        cheater.socket.send(fixed(9, target=cheater.greet()))
+        fails(ProtocolViolation, "grocer sent", lambda: bank.link("grocer").receive(SOON))
+        bank.link("grocer").last(b"why", b"")
+        start = time.monotonic()
+        bank.close()
+        assert time.monotonic() - start < QUICK.flush
+        frames = []
+        while cheater.socket.poll(500):
+            frames.append(cheater.socket.recv_multipart())
+        said = [(FIXED.unpack(frame[0])[1], frame[1:]) for frame in frames]
+        assert [frame for frame in said if frame[0] != BEAT] == [(OPEN, [b"why", b""]), (BYE, [])]
 
 
 def test_an_oversized_frame_to_the_listener() -> None:
@@ -570,6 +624,53 @@ def test_interrupting_a_wait(tmp_path: Path) -> None:
         assert b"KeyboardInterrupt" in process.communicate(timeout=SOON)[1]
 
 
+# ---- aborts
+
+
+@contextlib.contextmanager
+def channels(patience: Patience = QUICK) -> Iterator[tuple[Channel, Channel, Post]]:
+    """The bank's channel and the grocer's, and the grocer's post."""
+    with listening(GROCER, patience=patience) as bank, connecting(GROCER, bank.endpoint, patience=patience) as grocer:
+        ends = [(BANK, GROCER, bank), (GROCER, BANK, grocer)]
+        for _, peer, post in ends:
+            post.link(peer.name).ready(SOON)
+        one, other = (
+            Channel(
+                post.link(peer.name),
+                peer=peer.name,
+                our_id=me.public.key_id,
+                peer_id=peer.public.key_id,
+                ledger=Ledger(me, None, frozenset({"control"})),
+                timeout=SOON,
+            )
+            for me, peer, post in ends
+        )
+        yield one, other, grocer
+
+
+def test_an_abort_does_not_wait_for_the_window() -> None:
+    with channels() as (bank, grocer, post):
+        for _ in range(WINDOW):
+            grocer.send(Abort("error"))  # any message will do: the bank reads only the frames
+        start = time.monotonic()
+        grocer.abort("local")
+        grocer.abort("local")  # once only: the bank has room for one
+        post.close()
+        assert time.monotonic() - start < QUICK.flush
+        arrived = [bank._link.receive(SOON) for _ in range(WINDOW)]
+        assert len(arrived) == WINDOW
+        fails(PeerAborted, "grocer stopped .a problem with its own input", lambda: bank.receive(Abort))
+        fails(PeerLost, "grocer closed", lambda: bank.receive(Abort))
+
+
+def test_an_abort_is_learnt_while_sending() -> None:
+    with channels() as (bank, grocer, post):
+        grocer.abort("refused")
+        post.close()
+        fails(PeerAborted, "its policy or agreement refuses", lambda: bank.send(Abort("error")))
+        fails(PeerLost, "grocer closed", lambda: bank.send(Abort("error")))
+
+
 # ---- starting and ending
 
 
@@ -613,6 +714,51 @@ def test_ipv6() -> None:
     there = Post(BANK, [Peer("grocer", GROCER.public, None)], listen="tcp://[::1]:*")
     with there as bank, connecting(GROCER, bank.endpoint) as grocer:
         grocer.link("bank").ready(SOON)
+
+
+def test_every_peer_has_its_own_thread_for_looking_up_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[object] = []
+    opened = curve.open_socket
+
+    def note(*arguments: object, **options: object) -> curve.Socket:
+        socket = opened(*arguments, **options)  # type: ignore[arg-type]
+        threads.append(socket.getsockopt(zmq.AFFINITY))
+        return socket
+
+    monkeypatch.setattr(curve, "open_socket", note)
+    peers = [Peer(one.name, one.public, end) for one, end in [(GROCER, None), (MILL, ANY[:-1] + "1")]]
+    with Post(BANK, [*peers, Peer("stranger", STRANGER.public, ANY[:-1] + "1")], listen=ANY) as post:
+        assert threads == [1, 2, 4]
+        assert post._context.get(zmq.IO_THREADS) == len(threads)
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    code = """
+import resource, sys
+from parties.errors import LocalError
+from parties.identity import Identity
+from parties.zeromq import Peer, Post
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[1])))
+me, peer = Identity.generate("bank"), Identity.generate("grocer")
+try:
+    Post(me, [Peer("grocer", peer.public, None)], listen="tcp://127.0.0.1:*").close()
+    print(resource.getrlimit(resource.RLIMIT_NOFILE))
+except LocalError as error:
+    print(error)
+"""
+    outputs = [subprocess.check_output([sys.executable, "-c", code, limit], text=True) for limit in ("200", "100")]
+    assert outputs[0] == "(200, 200)\n"
+
+
+def test_a_log_that_fails_stops_nothing() -> None:
+    def log(line: str) -> None:
+        raise BrokenPipeError
+
+    with listening(GROCER, log=log) as bank, connecting(GROCER, bank.endpoint) as grocer:
+        with connecting(STRANGER, bank.endpoint) as stranger:
+            fails(Refused, "does not list", lambda: stranger.link("bank").receive(SOON))
+        grocer.link("bank").send(b"unharmed", b"", SOON)
+        assert bank.link("grocer").receive(SOON) == (b"unharmed", b"")
 
 
 def test_a_bug_in_the_post_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pandas as pd
 from scipy.special import expit
@@ -70,6 +71,7 @@ def fit(
     secret: SecretKey,
     *,
     params: Mapping[str, Any] | None = None,
+    policy: Mapping[str, Any] | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None,
     labels: Mapping[str, Any] | None = None,
     then: Callable[[VerticalLogisticRegression, Session], Any] | None = None,
@@ -78,7 +80,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train over the parts; what each party ended with: its model (or `then(model, session)`), or its exception.
 
-    `own` are one party's hyper-parameters, `labels` what it gives as y, `roles` replace a party altogether.
+    `policy` changes the agreement's [model], unchecked; `own` are one party's hyper-parameters, `labels` what it gives
+    as y, `roles` replace a party altogether.
     """
     names = list(parts)
 
@@ -93,6 +96,9 @@ def fit(
 
     if "agreement" not in options:
         options = agreed(names) | options
+    if policy:
+        old = options["agreement"]
+        options["agreement"] = msgspec.structs.replace(old, model=msgspec.structs.replace(old.model, **policy))
     return outcomes({name: role(name) for name in names} | dict(roles or {}), **options)
 
 

@@ -3,6 +3,7 @@ violation, 1 an error of ours."""
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from parties.agreement import Agreement
-from parties.errors import ColonnadeError, LocalError
-from parties.files import make_folder, write_whole
+from parties.errors import ColonnadeError, LocalError, Refused
+from parties.files import check_writable, make_folder, occupied, write_whole
 from parties.identity import Identity, check_name
 from parties.party_file import Party
 from psi import verify as psi_verify
@@ -37,6 +38,7 @@ app = typer.Typer(
     ),
 )
 
+MARKS = {True: "[green]ok    [/green]", False: "[bold red]FAILED[/bold red]", None: "[yellow]--    [/yellow]"}
 PartyPath = Annotated[Path, typer.Argument(help="Our own file, for example bank.toml.", metavar="PARTY.toml")]
 Events = Annotated[bool, typer.Option("--events", hidden=True, help="Progress as JSON lines, for a launching process.")]
 
@@ -77,13 +79,17 @@ def init(
     make_folder(folder)
     label = 'label = "defaulted"\npositive = "1"                       # the value of the label that counts as 1'
     own = _template("party.toml").replace("NAME", name).replace("LABEL", label if label_holder else "# no label: ours")
-    wanted = {folder / "agreement.toml": _template("agreement.toml"), folder / f"{name}.toml": own}
-    for path in wanted:
-        if path.exists():
-            raise LocalError(f"{path} exists; move it away first, nothing is overwritten")
-    for path, text in wanted.items():
-        write_whole(path, text.encode())
-        out.print(f"wrote {path}", soft_wrap=True)
+    common, party = folder / "agreement.toml", folder / f"{name}.toml"
+    if party.exists():
+        raise LocalError(f"{party} exists; move it away first, nothing is overwritten")
+    if common.exists():
+        out.print(f"kept {common}, as it is", soft_wrap=True)
+    else:
+        stands_for = "bank" if label_holder else "grocer"
+        write_whole(common, _template("agreement.toml").replace(f'name = "{stands_for}"', f'name = "{name}"').encode())
+        out.print(f"wrote {common}", soft_wrap=True)
+    write_whole(party, own.encode())
+    out.print(f"wrote {party}", soft_wrap=True)
     out.print(f"Fill them in, then: colonnade check {folder / f'{name}.toml'}", soft_wrap=True)
 
 
@@ -122,6 +128,10 @@ def check(path: PartyPath) -> None:
         f"alignment {cost.align_seconds:,.1f} s, {decimal(cost.align_bytes)}; about {cost.exchanges} exchanges "
         f"of {cost.exchange_seconds:,.2f} s, {decimal(cost.exchange_bytes)}",
     )
+    try:
+        table.add_row("our approval", "given" if party.approval else "")
+    except Refused as error:
+        table.add_row("our approval", str(error))
     for text in report.notes(agreement):
         table.add_row("note", text)
     out.print(table)
@@ -145,13 +155,16 @@ def sign(path: PartyPath) -> None:
 def run(path: PartyPath, events: Events = False) -> None:
     """Wait for the others (with a deadline), then align, train, score and report."""
     party = Party(path)
-    make_folder(party.output)
-    with logging_to(party.output / "log.txt") as log, Watcher(events) as watcher:
+    with (
+        occupied(party.output),
+        logging_to(party.output / "log.txt") as (log, warnings),
+        Watcher(events) as watcher,
+    ):
         log.info("run of %s under agreement %s", party.name, party.agreement.digest.hex())
         if not events and out.is_terminal:
             out.print(f"{party.name}: waiting for the others, at most {party.agreement.deadlines.connect:.0f} s")
         outcome = job.run(party, watcher, log.warning)
-        summary = report.write_outcome(party, outcome)
+        summary = report.write_outcome(party, outcome, warnings)
         log.info("session %s: %d rows in common", outcome.session, len(outcome.rows))
         log.info("%d exchanges, converged: %s", summary["exchanges"], summary["converged"])
     if not events:
@@ -174,11 +187,16 @@ def predict(
     """Score new customers together: every party runs this with its own new rows. Scores stay with the label holder."""
     party = Party(path)
     if party.is_label_holder != (output_file is not None):
-        raise LocalError("--output is for the label holder, and only for it: scores stay there")
-    make_folder(party.output)
-    with logging_to(party.output / "score_log.txt") as log, Watcher(events) as watcher:
+        remedy = "give --output FILE" if party.is_label_holder else "leave --output out"
+        raise LocalError(f"scores stay with the label holder: {remedy}")
+    if output_file is not None:
+        check_writable(output_file)
+    with (
+        occupied(party.output),
+        logging_to(party.output / "score_log.txt") as (log, _),
+        Watcher(events) as watcher,
+    ):
         outcome, prepared = job.predict(party, input_file, model or party.output / "model.json", watcher, log.warning)
-        report.write_json(party.output / "score_psi_report.json", outcome.psi_report)
         if output_file is not None:
             report.write_scores(output_file, party.file.table.id, prepared, outcome)
         log.info("session %s: %d rows scored", outcome.session, len(outcome.rows))
@@ -195,13 +213,15 @@ def verify(
     """Check PSI reports offline: signatures, counts, ledgers; several together also against each other."""
     checks = psi_verify.verify(reports, Agreement.load(agreement) if agreement else None)
     for one in checks:
-        mark = "[green]ok    [/green]" if one.passed else "[bold red]FAILED[/bold red]"
+        mark = {True: "[green]ok    [/green]", False: "[bold red]FAILED[/bold red]", None: "[yellow]--    [/yellow]"}[
+            one.passed
+        ]
         detail = f"  ({one.detail})" if one.detail else ""
         out.print(f"{mark} {one.name}{detail}", soft_wrap=True, highlight=False)
-    failed = sum(not one.passed for one in checks)
+    failed, skipped = (sum(one.passed is state for one in checks) for state in (False, None))
     if failed:
         raise LocalError(f"{failed} of {len(checks)} checks failed")
-    out.print(f"all {len(checks)} checks passed")
+    out.print(f"{len(checks) - skipped} checks passed" + (f", {skipped} could not be made" if skipped else ""))
 
 
 @contextmanager
@@ -223,10 +243,15 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
+for _command in app.registered_commands:
+    if _command.callback is not None:
+        _command.callback = _one_line_errors()(_command.callback)
+
+
 def main() -> None:
     """Entry point of the `colonnade` command."""
-    with _one_line_errors():
-        app()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service that is stopped tells the others too
+    app()
 
 
 if __name__ == "__main__":

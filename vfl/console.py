@@ -85,33 +85,50 @@ class Bars:
         self._progress.stop()
 
 
+class _Kept(logging.Handler):
+    """Remembers texts."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
 @contextmanager
-def logging_to(path: Path) -> Iterator[logging.Logger]:
-    """Warnings and milestones of one run: to a file, and warnings to standard error too. Never an id, label or key."""
+def logging_to(path: Path) -> Iterator[tuple[logging.Logger, list[str]]]:
+    """Warnings and milestones of one run: added to a file, and warnings to standard error too. Never an id, label or
+    key. Yields the log, and the warnings so far."""
     log = logging.getLogger("colonnade")
     log.setLevel(logging.INFO)
     try:
-        file: logging.Handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+        file: logging.Handler = logging.FileHandler(path, mode="a", encoding="utf-8")
     except OSError as error:
         raise LocalError(f"cannot write the log {path}: {error.strerror}") from None
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.WARNING)
     screen.setFormatter(logging.Formatter("colonnade: %(message)s"))
+    kept = _Kept(logging.WARNING)
     log.addHandler(file)
     log.addHandler(screen)
+    log.addHandler(kept)
     try:
-        yield log
+        yield log, kept.texts
     except ColonnadeError as error:
         log.removeHandler(screen)  # the command line says it once
         log.error("%s: %s", type(error).__name__, error)
+        raise
+    except KeyboardInterrupt:
+        log.error("interrupted")
         raise
     except Exception as error:
         log.removeHandler(screen)
         log.error("internal error %s at %s", type(error).__name__, " < ".join(frames(error)))
         raise
     finally:
-        for handler in (file, screen):
+        for handler in (file, screen, kept):
             log.removeHandler(handler)
         file.close()
 

@@ -27,7 +27,7 @@ from sklearn.preprocessing import StandardScaler
 
 from parties.agreement import Agreement
 from parties.errors import ColonnadeError, LocalError
-from parties.files import make_folder, write_whole
+from parties.files import make_folder, write_json, write_whole
 from parties.identity import Identity
 from parties.launch import launch
 from parties.party_file import Party
@@ -36,7 +36,7 @@ from vfl.console import Bars, Watcher, err, out
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Logistic, Vector
 from vfl.metrics import evaluate
-from vfl.report import phase_rows, write_json
+from vfl.report import phase_rows
 
 WEAK = ("mean texture", "mean smoothness", "mean symmetry", "mean fractal dimension")
 DEADLINE = 600.0
@@ -224,6 +224,7 @@ def compare(folder: Path, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
         "parties": [party.name for party in agreement.ring],
         "agreement": agreement.digest.hex(),
         "session": own[LABEL_HOLDER]["session"],
+        "notes": sorted({note for summary in own.values() for note in summary["notes"]}),
     }
 
 
@@ -253,5 +254,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
         most = sorted(kinds, key=lambda kind: -kinds[kind])[:2]
         listed = ", ".join(f"{kind} {decimal(kinds[kind])}" for kind in most)
         table.add_row(f"sent by {name}", f"{decimal(sum(kinds.values()))} ({listed}, ...)")
+    for note in summary["notes"]:
+        table.add_row("note", note)
     table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit; CURVE on every link")
     return table

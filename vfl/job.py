@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from parties.agreement import Model
 from parties.errors import LocalError, Refused
-from parties.files import make_folder
+from parties.files import set_aside, write_json
 from parties.message import Array
 from parties.party_file import Party
 from parties.session import TRAIN, Progress, Session, open_session
@@ -29,6 +30,9 @@ from vfl.losses import Vector
 from vfl.metrics import evaluate
 
 log = logging.getLogger("colonnade")
+Keep = Callable[[dict[str, Any]], None]
+TRAINED = ("ledger.jsonl", "psi_report.json", "model.json", "rows.csv", "summary.json")
+SCORED = ("score_ledger.jsonl", "score_psi_report.json")
 
 
 @dataclass(frozen=True)
@@ -119,19 +123,18 @@ def estimator(model: Model) -> VerticalLogisticRegression:
         learning_rate=model.learning_rate,
         batch_size=model.batch_size,
         random_state=model.seed,
-        minimum_rows_off_mode=model.minimum_rows_off_mode,
-        allow_reconstruction=model.allow_reconstruction,
     )
 
 
-def train(session: Session, prepared: Prepared, minimum: int = 0) -> Outcome:
-    """The job in an open session. The same function at every party; the label holder's table has the label.
+def train(session: Session, prepared: Prepared, minimum: int = 0, keep: Keep = lambda report: None) -> Outcome:
+    """The job in an open session. The same function at every party; the label holder's table has the label. `keep` gets
+    the PSI report as soon as rows are known, whatever happens later.
 
     Reveals:
         To every party: what `align`, `VerticalLogisticRegression.fit` and its `decision_function` reveal; no more.
     """
     settings = session.agreement.model
-    alignment, report = _align(session, prepared, minimum)
+    alignment, report = _align(session, prepared, minimum, keep)
     features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
     test = split(len(features), settings.test_fraction, settings.seed)
     label = None if prepared.label is None else prepared.label[alignment.rows]
@@ -151,13 +154,19 @@ def train(session: Session, prepared: Prepared, minimum: int = 0) -> Outcome:
     return _outcome(session, prepared, alignment, report, test, model, scaler, probability, metrics)
 
 
-def score(session: Session, prepared: Prepared, model: VerticalLogisticRegression, minimum: int = 0) -> Outcome:
+def score(
+    session: Session,
+    prepared: Prepared,
+    model: VerticalLogisticRegression,
+    minimum: int = 0,
+    keep: Keep = lambda report: None,
+) -> Outcome:
     """Align new rows and score them; the scores stay with the label holder.
 
     Reveals:
         To every party: what `align` and `VerticalLogisticRegression.decision_function` reveal; no more.
     """
-    alignment, report = _align(session, prepared, minimum)
+    alignment, report = _align(session, prepared, minimum, keep)
     features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
     scaler = None if model.scaler_ is None else _restored(model.scaler_)
     with session.phase("score"):
@@ -175,12 +184,12 @@ def split(rows: int, fraction: float, seed: int) -> NDArray[np.bool_]:
 
 
 def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcome:
-    """`colonnade run`: everything at one party, over the network. Writes the ledger; the caller writes the rest."""
+    """`colonnade run`: everything at one party, over the network. Writes ledger and PSI report, the caller the rest."""
     approval = party.approval
     prepared = prepare(party)
-    make_folder(party.output)
-    with _open(party, approval, TRAIN, progress, note) as session:
-        outcome = train(session, prepared, party.file.policy.minimum_intersection)
+    policy = party.file.policy
+    with _open(party, approval, TRAIN, TRAINED, progress, note) as (session, keep):
+        outcome = train(session, prepared, policy.minimum_intersection, keep)
     return _closed(outcome, session)
 
 
@@ -193,30 +202,46 @@ def predict(
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
     approval = party.approval
     prepared = prepare(party, path=path, features=list(model.feature_names_in_), train=False)
-    make_folder(party.output)
-    with _open(party, approval, f"score with {model.training_[:32]}", progress, note) as session:
-        outcome = score(session, prepared, model, party.file.policy.minimum_to_score)
+    task = f"score with {model.training_[:32]}"
+    with _open(party, approval, task, SCORED, progress, note) as (session, keep):
+        outcome = score(session, prepared, model, party.file.policy.minimum_to_score, keep)
     return _closed(outcome, session), prepared
 
 
-def _open(party: Party, approval: bytes, task: str, progress: Progress, note: Callable[[str], None]) -> Any:
-    return open_session(
+@contextmanager
+def _open(
+    party: Party,
+    approval: bytes,
+    task: str,
+    names: tuple[str, ...],
+    progress: Progress,
+    note: Callable[[str], None],
+) -> Iterator[tuple[Session, Keep]]:
+    """A session that writes to the party's folder. What an earlier run left is set aside once this one has begun."""
+    ledger, report = party.output / names[0], party.output / names[1]
+    unopened = ledger.with_name(f"unopened_{ledger.name}")
+    with open_session(
         party.identity,
         party.agreement,
         approval=approval,
         task=task,
-        ledger_path=party.output / ("ledger.jsonl" if task == TRAIN else "score_ledger.jsonl"),
+        ledger_path=unopened,
         forbidden=frozenset(party.file.policy.forbid),
         listen=party.file.listen or None,
         progress=progress,
         log=note,
-    )
+    ) as session:
+        set_aside(party.output, names)
+        unopened.replace(ledger)
+        yield session, lambda value: write_json(report, value)
 
 
-def _align(session: Session, prepared: Prepared, minimum: int) -> tuple[Alignment, dict[str, Any]]:
+def _align(session: Session, prepared: Prepared, minimum: int, keep: Keep) -> tuple[Alignment, dict[str, Any]]:
     with session.phase("align"):
         alignment = align(session, prepared.ids.values, minimum=minimum)
-        return alignment, make_report(session, alignment, prepared.ids.counts)
+        report = make_report(session, alignment, prepared.ids.counts)
+        keep(report)
+    return alignment, report
 
 
 def _outcome(

@@ -71,10 +71,9 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         tol: subspace and lbfgs stop when the 2-norm of the gradient of F / (C n) is at most this.
         max_iter: the most encrypted exchanges; sgd that needs more is refused.
         epochs, learning_rate, batch_size, random_state: sgd only; random_state is shared, it is no secret.
-        minimum_rows_off_mode: a column with fewer rows that differ from its most frequent value is refused: its
-            gradient would give those rows' residuals, hence labels, to its own holder.
-        allow_reconstruction: go beyond as many exchanges as the feature holders have columns together, although the
-            label holder can then rebuild these columns up to a linear map.
+
+    What protects the parties is not a parameter but in the agreement ([model]): max_exchanges, minimum_rows_off_mode,
+    allow_reconstruction.
 
     Attributes:
         coef_ (1, d) for our d columns; intercept_ (1,), zero but at the label holder; n_iter_ exchanges; converged_;
@@ -94,8 +93,6 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         learning_rate: float = 0.1,
         batch_size: int = 256,
         random_state: int = 0,
-        minimum_rows_off_mode: int = 10,
-        allow_reconstruction: bool = False,
     ) -> None:
         self.C = C
         self.fit_intercept = fit_intercept
@@ -106,8 +103,6 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         self.learning_rate = learning_rate
         self.batch_size = batch_size
         self.random_state = random_state
-        self.minimum_rows_off_mode = minimum_rows_off_mode
-        self.allow_reconstruction = allow_reconstruction
 
     def fit(
         self, X: pd.DataFrame | Matrix, y: Any = None, *, session: Session, secret: SecretKey | None = None
@@ -130,13 +125,15 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             raise LocalError("the label holder gives y, feature holders give None")
         labels = _labels(y, len(x)) if y is not None else None
         scales = Scales.of(session.agreement, len(x))
-        batches = self._batches(len(x))
+        batches = self._batches(len(x), session.agreement.model.max_exchanges)
         fixed = scales.features(x, names) if labels is None else np.empty((0, 0), np.int64)
         if labels is None:
             self._check_columns(session, x, names, batches)
         plans = self._agree(session, "fit", x)
         columns = {name: plan.columns for name, plan in plans.items()}
         limits = self._limits(session, columns | {session.name: x.shape[1]}, len(batches))
+        most = max(count for name, count in columns.items() if name != session.label_holder) if labels else x.shape[1]
+        self._warn_few_rows(session, min(map(len, batches), default=len(x)), most, limits)
         if labels is not None:
             self.classes_, coded = labels
             self._check_peers(session, columns, min(map(len, batches), default=len(x)))
@@ -206,15 +203,15 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         complete = len(plan) == len(batches)
         return sgd.feature_holder(session, x, penalty, self.learning_rate, plan, scales, public, contribution, complete)
 
-    def _batches(self, rows: int) -> list[NDArray[np.int64]]:
-        """All batches of sgd, known to every party in advance; none for lbfgs. LocalError beyond max_iter."""
+    def _batches(self, rows: int, agreed: int) -> list[NDArray[np.int64]]:
+        """All batches of sgd, known to every party in advance; none for other solvers. LocalError beyond the limits."""
         if self.solver != "sgd":
             return []
         batches = sgd.batches(rows, self.batch_size, self.epochs, self.random_state)
-        if len(batches) > self.max_iter:
+        if len(batches) > min(self.max_iter, agreed):
             raise LocalError(
-                f"sgd over {rows} rows needs {len(batches)} encrypted exchanges, {self.max_iter} are allowed; "
-                "use larger batches, fewer epochs, or agree on more exchanges"
+                f"sgd over {rows} rows needs {len(batches)} encrypted exchanges, {min(self.max_iter, agreed)} are "
+                "allowed; use larger batches, fewer epochs, or agree on more exchanges"
             )
         return batches
 
@@ -254,7 +251,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         predicted = self.predict(X, session=session)
         return None if predicted is None else float(np.mean(predicted == np.asarray(y)))
 
-    def save(self, path: Path, scaler: Scaling | None = None) -> None:
+    def save(self, path: Path | str, scaler: Scaling | None = None) -> None:
         """Our share as JSON, never an object that runs on loading."""
         check_is_fitted(self)
         share = ModelShare(
@@ -270,12 +267,12 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             converged=self.converged_,
             scaler=scaler,
         )
-        write_whole(path, msgspec.json.format(msgspec.json.encode(share), indent=2) + b"\n", mode=0o600)
+        write_whole(Path(path), msgspec.json.format(msgspec.json.encode(share), indent=2) + b"\n", mode=0o600)
 
     @classmethod
-    def load(cls, path: Path) -> VerticalLogisticRegression:
+    def load(cls, path: Path | str) -> VerticalLogisticRegression:
         """A share that `save` wrote. Raises LocalError. `scaler_` is what was saved with it, or None."""
-        share: ModelShare = parse_json(path, ModelShare, "the model share")
+        share: ModelShare = parse_json(Path(path), ModelShare, "the model share")
         try:
             model = cls(**share.params)  # type: ignore[arg-type]
             model._check_parameters()
@@ -314,19 +311,11 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
 
     def _check_columns(self, session: Session, x: Matrix, names: list[str], batches: list[NDArray[np.int64]]) -> None:
         """Refuse columns whose gradients give labels to us, their holder; warn where they might."""
-        check_columns(x, names, self.minimum_rows_off_mode)
+        minimum = session.agreement.model.minimum_rows_off_mode
+        check_columns(x, names, minimum)
         for batch in batches:
-            check_columns(x[batch], names, self.minimum_rows_off_mode, "a batch")
+            check_columns(x[batch], names, minimum, "a batch")
             session.tick()
-        bits = session.agreement.encryption.feature_bits * x.shape[1] * self.max_iter
-        if len(x) <= bits:
-            log.warning(
-                "%d rows are few for up to %d gradients of %d columns: a feature holder with a lattice attack might "
-                "learn labels; see docs/threats.md",
-                len(x),
-                self.max_iter,
-                x.shape[1],
-            )
 
     def _check_peers(self, session: Session, columns: dict[str, int], rows: int) -> None:
         """At the label holder, whose labels they are: no peer may bring so many columns that its gradient is R."""
@@ -335,14 +324,17 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             if count >= rows or (agreed and count > agreed):
                 limit = f"the agreement allows {agreed}" if agreed else f"a batch has {rows} rows"
                 raise Refused(f"{name} brings {count} columns, {limit}: its gradients would give it labels", peer=name)
-            if rows <= session.agreement.encryption.feature_bits * count * self.max_iter:
-                log.warning(
-                    "%d rows are few for up to %d gradients of %d columns: %s with a lattice attack might learn labels",
-                    rows,
-                    self.max_iter,
-                    count,
-                    name,
-                )
+
+    def _warn_few_rows(self, session: Session, rows: int, columns: int, limits: Limits) -> None:
+        """Both sides say it: gradients are sums over rows, and lattice reduction can undo sums of few."""
+        if rows <= session.agreement.encryption.feature_bits * columns * limits.exchanges:
+            log.warning(
+                "%d rows are few for up to %d gradients of %d columns: a feature holder with a lattice attack might "
+                "learn labels, see docs/threats.md",
+                rows,
+                limits.exchanges,
+                columns,
+            )
 
     def _agree(self, session: Session, purpose: str, x: Matrix) -> dict[str, Plan]:
         """All parties compare what they are about to do, and count rows and columns, before any data moves."""
@@ -366,9 +358,10 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         Without consent it is the number of the feature holders' columns together: so many embeddings, or sums of
         them, let the label holder rebuild these columns up to a linear map.
         """
-        wanted = batches or self.max_iter
+        agreed = session.agreement.model
+        wanted = batches or min(self.max_iter, agreed.max_exchanges)
         together = sum(count for name, count in columns.items() if name != session.label_holder)
-        return Limits(self.tol, wanted if self.allow_reconstruction else min(wanted, together))
+        return Limits(self.tol, wanted if agreed.allow_reconstruction else min(wanted, together))
 
 
 def _matrix(X: pd.DataFrame | Matrix) -> tuple[Matrix, list[str]]:
@@ -398,7 +391,8 @@ def _labels(y: Any, rows: int) -> tuple[Any, Vector]:
         raise LocalError("the labels are of several types; make them all numbers or all text")
     classes, coded = np.unique(values, return_inverse=True)
     if len(classes) != 2:
-        raise LocalError(f"the label has {len(classes)} different values among these rows; it must have two")
+        what = "constant" if len(classes) == 1 else f"one of {len(classes)} values"
+        raise LocalError(f"the label is {what} among these rows; it must have two values")
     return classes, coded.astype(np.float64)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from parties.agreement import Agreement
-from parties.files import write_whole
+from parties.files import write_json, write_whole
 from parties.party_file import Party
 from vfl.job import Outcome, Prepared
 from vfl.linear import Scaling
@@ -27,24 +27,23 @@ SEVERAL_HOLDERS = (
 )
 
 
-def write_outcome(party: Party, outcome: Outcome) -> dict[str, Any]:
-    """Write model.json, psi_report.json, rows.csv and summary.json into the party's output folder; the summary."""
+def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[str, Any]:
+    """Write model.json, rows.csv and summary.json into the party's output folder; returns the summary."""
     folder = party.output
     scaler = outcome.scaler
     saved = None if scaler is None else Scaling(scaler.mean_.tolist(), scaler.scale_.tolist())
     outcome.model.save(folder / "model.json", scaler=saved)
-    write_json(folder / "psi_report.json", outcome.psi_report)
     rows = pd.DataFrame({"row": outcome.rows, "part": np.where(outcome.test, "test", "train")})
     if outcome.probability is not None:
         rows["score"] = np.nan
         rows.loc[outcome.test, "score"] = outcome.probability
     write_whole(folder / "rows.csv", rows.to_csv(index=False).encode(), mode=0o600)
-    summary = summarise(party, outcome)
+    summary = summarise(party, outcome, warnings)
     write_json(folder / "summary.json", summary)
     return summary
 
 
-def summarise(party: Party, outcome: Outcome) -> dict[str, Any]:
+def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[str, Any]:
     """The run as plain values; no id, no row, no coefficient."""
     agreement = party.agreement
     summary: dict[str, Any] = {
@@ -66,7 +65,7 @@ def summarise(party: Party, outcome: Outcome) -> dict[str, Any]:
         "seconds_by_phase": outcome.seconds,
         "bytes_sent": outcome.bytes_sent,
         "bytes_by_phase": outcome.bytes_by_phase,
-        "notes": notes(agreement),
+        "notes": [*notes(agreement), *warnings],
     }
     if party.is_label_holder:
         summary |= {"metrics": outcome.metrics, "gradient_norm": outcome.model.gradient_norm_}
@@ -81,11 +80,6 @@ def notes(agreement: Agreement) -> list[str]:
     return [f"{SINGLE_HOLDER} {'The agreement allows to go beyond.' if allowed else 'Training stops there.'}"]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented, sorted as given, whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2).encode() + b"\n")
-
-
 def closing_table(summary: dict[str, Any]) -> Table:
     """One party's run at a glance."""
     table = Table(
@@ -98,7 +92,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     for name, values in summary.get("metrics", {}).items():
         who = "label holder alone" if name == "alone" else "joint model"
         table.add_row(f"AUC, {who}", f"{values['auc']:.4f} on the test rows (log loss {values['log_loss']:.4f})")
-    state = "converged" if summary["converged"] else "stopped at the agreed number"
+    state = "complete" if summary["converged"] else "stopped at the limit, see the note"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
     table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit")
     for row in phase_rows(summary):

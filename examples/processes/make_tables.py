@@ -10,15 +10,15 @@ folder = Path(sys.argv[1])
 rng = np.random.default_rng(5)
 customers = 1500
 email = np.array([f"customer{number}@example.org" for number in rng.permutation(100_000)[:customers]])
-x = rng.normal(size=(customers, 7))
-x[:, 3] += 0.6 * x[:, 0]
-risk = 0.5 * x[:, 0] - 0.3 * x[:, 1] + 1.2 * x[:, 3] + 0.8 * x[:, 4] - 1.5 * x[:, 6] - 1.0
+x = rng.normal(size=(customers, 15))
+x[:, 3:] += 0.5 * x[:, :1]
+risk = x @ rng.normal(scale=[0.5] * 3 + [0.8] * 12) - 1.0
 defaulted = rng.random(customers) < 1 / (1 + np.exp(-risk))
 
 tables = {
     "bank": {"income": 40_000 + 9_000 * x[:, 0], "years": 8 + 3 * x[:, 1], "limit": 5_000 + 900 * x[:, 2]},
-    "grocer": {"baskets": 30 + 6 * x[:, 3], "returns": 4 + x[:, 4]},
-    "telco": {"minutes": 300 + 50 * x[:, 5], "late": 2 + 0.5 * x[:, 6]},
+    "grocer": dict(zip(("baskets", "returns", "fresh", "brands", "coupons", "evenings"), x[:, 3:9].T, strict=True)),
+    "telco": dict(zip(("minutes", "late", "abroad", "data", "messages", "devices"), x[:, 9:].T, strict=True)),
 }
 for name, columns in tables.items():
     table = pd.DataFrame({"email": email, **columns})

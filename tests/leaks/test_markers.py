@@ -19,6 +19,7 @@ from zmq.utils import z85
 import parties.memory
 import vfl.exchange
 from parties.errors import ColonnadeError
+from parties.files import write_json
 from parties.ledger import Ledger
 from parties.memory import outcomes
 from parties.party_file import Party
@@ -99,8 +100,9 @@ def run(tmp_path_factory) -> dict[str, Any]:
     for name, (outcome, session) in ended.items():
         party = members[name]
         party.output.mkdir(parents=True, exist_ok=True)
-        write_outcome(party, job._closed(outcome, session))
-        left[f"summary of {name}"] = json.dumps(summarise(party, outcome)).encode()
+        write_outcome(party, job._closed(outcome, session), [])
+        write_json(party.output / "psi_report.json", outcome.psi_report)
+        left[f"summary of {name}"] = json.dumps(summarise(party, outcome, [])).encode()
         left[f"report of {name}"] = json.dumps(outcome.psi_report).encode()
         left[f"ledger of {name}"] = (folder / f"{name}.jsonl").read_bytes()
         for path in party.output.iterdir():

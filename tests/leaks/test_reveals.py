@@ -189,7 +189,12 @@ def test_one_feature_holder_reconstruction(secret):
     parts, y = table(2, 100, widths=(2, 10))
     recorded: Any = {}
     ended = fit(
-        parts, y, secret, params={"solver": "lbfgs", "allow_reconstruction": True, "max_iter": 12}, recorded=recorded
+        parts,
+        y,
+        secret,
+        params={"solver": "lbfgs", "max_iter": 12},
+        policy={"allow_reconstruction": True},
+        recorded=recorded,
     )
     assert ended["bank"].n_iter_ == 12
     seen, x = embeddings(recorded, "grocer")[:, :10], parts["grocer"].to_numpy()
@@ -242,7 +247,8 @@ def test_not_caught_sums_of_embeddings_rebuild_the_columns_of_all_feature_holder
     many exchanges as the feature holders have columns together, the rows known of ONE of them give its other rows."""
     parts, y = table(3, 100)  # 3 + 4 columns
     recorded: Any = {}
-    fit(parts, y, secret, params={"solver": "lbfgs", "max_iter": 9, "allow_reconstruction": True}, recorded=recorded)
+    params, policy = {"solver": "lbfgs", "max_iter": 9}, {"allow_reconstruction": True}
+    fit(parts, y, secret, params=params, policy=policy, recorded=recorded)
     seen = sums_of_embeddings(recorded)
     for name in ("grocer", "mobile"):
         x = parts[name].to_numpy()
@@ -344,7 +350,9 @@ def test_a_rare_column_yields_that_rows_label_which_is_why_it_is_refused(secret,
     for row in (int(np.flatnonzero(y == 1)[4]), int(np.flatnonzero(y == 0)[4])):
         gradients.clear()
         rare = with_rare_column(parts, [row])
-        fit(rare, y, secret, params={"max_iter": 1, "minimum_rows_off_mode": 1})  # the check is off: it follows along
+        fit(
+            rare, y, secret, params={"max_iter": 1}, policy={"minimum_rows_off_mode": 1}
+        )  # the check is off: it follows along
         assert int(gradients[0][-1] < 0) == y[row]
         recorded: Any = {}
         ended = fit(rare, y, secret, params={"max_iter": 1}, recorded=recorded)

@@ -25,9 +25,11 @@ from psi.align import Alignment, align
 from psi.identifiers import Identifiers, canonical
 from psi.report import make_report
 from vfl.exchange import Scales
-from vfl.linear import Scaling, VerticalLogisticRegression, check_columns
+from vfl.inputs import check_columns
+from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Vector
 from vfl.metrics import evaluate
+from vfl.share import Scaling
 
 log = logging.getLogger("colonnade")
 Keep = Callable[[dict[str, Any]], None]

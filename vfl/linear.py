@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,45 +15,21 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.validation import check_is_fitted
 
-from parties.agreement import parse_json
 from parties.errors import LocalError, ProtocolViolation, Refused
-from parties.files import write_whole
 from parties.session import Session
 from vfl import lbfgs, sgd, subspace
 from vfl.encryption.paillier import SecretKey
 from vfl.encryption.scheme import Fixed
 from vfl.exchange import Scales, accept_key, offer_key
-from vfl.lbfgs import Limits, Matrix, Result
+from vfl.inputs import check_columns, matrix, two_labels
 from vfl.losses import Vector
 from vfl.messages import Plan
 from vfl.secure_sum import Contribution, sum_embeddings
+from vfl.share import ModelShare, Scaling
+from vfl.solver import Limits, Matrix, Result
 
 log = logging.getLogger("colonnade")
 FEW_SCORES = 10
-
-
-class Scaling(msgspec.Struct, forbid_unknown_fields=True):
-    """What standardised our columns: (x - mean) / scale."""
-
-    mean: list[float]
-    scale: list[float]
-
-
-class ModelShare(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """One party's part of a model on disk (JSON). Shares of one model have the same `training`, its session."""
-
-    colonnade_model: Literal[1] = 1
-    party: str
-    training: str
-    agreement: str
-    params: dict[str, float | int | bool | str]
-    features: list[str]
-    coef: list[float]
-    intercept: float
-    classes: list[bool | float | int | str]
-    exchanges: int
-    converged: bool
-    scaler: Scaling | None = None
 
 
 class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -119,11 +94,11 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             LocalError: input that cannot be trained on, before anything is sent. Refused, PeerLost,
             ProtocolViolation: see the errors.
         """
-        x, names = _matrix(X)
+        x, names = matrix(X)
         self._check_parameters()
         if session.is_label_holder != (y is not None):
             raise LocalError("the label holder gives y, feature holders give None")
-        labels = _labels(y, len(x)) if y is not None else None
+        labels = two_labels(y, len(x)) if y is not None else None
         scales = Scales.of(session.agreement, len(x))
         batches = self._batches(len(x), session.agreement.model.max_exchanges)
         fixed = scales.features(x, names) if labels is None else np.empty((0, 0), np.int64)
@@ -223,7 +198,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             own. To a feature holder: nothing but the number of rows.
         """
         check_is_fitted(self)
-        x, names = _matrix(X)
+        x, names = matrix(X)
         if names != list(self.feature_names_in_):
             raise LocalError(f"the model wants the columns {', '.join(self.feature_names_in_)}, in this order")
         self._agree(session, f"score {self.training_}", x)
@@ -267,27 +242,17 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             converged=self.converged_,
             scaler=scaler,
         )
-        write_whole(Path(path), msgspec.json.format(msgspec.json.encode(share), indent=2) + b"\n", mode=0o600)
+        share.save(Path(path))
 
     @classmethod
     def load(cls, path: Path | str) -> VerticalLogisticRegression:
         """A share that `save` wrote. Raises LocalError. `scaler_` is what was saved with it, or None."""
-        share: ModelShare = parse_json(Path(path), ModelShare, "the model share")
+        share = ModelShare.load(Path(path))
         try:
             model = cls(**share.params)  # type: ignore[arg-type]
             model._check_parameters()
         except TypeError:
             raise LocalError(f"{path} has parameters that this version does not know") from None
-        numbers, lengths = [*share.coef, share.intercept], {len(share.features), len(share.coef)}
-        if share.scaler is not None:
-            numbers += [
-                *share.scaler.mean,
-                *share.scaler.scale,
-                *(1 / one if one else math.inf for one in share.scaler.scale),
-            ]
-            lengths |= {len(share.scaler.mean), len(share.scaler.scale)}
-        if len(lengths) != 1 or len(share.classes) not in (0, 2) or not all(map(math.isfinite, numbers)):
-            raise LocalError(f"{path} is damaged: its numbers do not fit its features")
         model.coef_, model.intercept_ = np.array([share.coef]), np.array([share.intercept])
         model.feature_names_in_, model.n_features_in_ = np.array(share.features, dtype=object), len(share.features)
         model.n_iter_, model.converged_ = share.exchanges, share.converged
@@ -362,59 +327,3 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         wanted = batches or min(self.max_iter, agreed.max_exchanges)
         together = sum(count for name, count in columns.items() if name != session.label_holder)
         return Limits(self.tol, wanted if agreed.allow_reconstruction else min(wanted, together))
-
-
-def _matrix(X: pd.DataFrame | Matrix) -> tuple[Matrix, list[str]]:
-    """Float64 values and column names. Raises LocalError that names columns and counts, never values."""
-    frame = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.asarray(X))
-    names = [str(name) for name in frame.columns]
-    numbers = frame.apply(pd.to_numeric, errors="coerce")
-    text = numbers.isna() & frame.notna()
-    if text.any(axis=None):
-        named = ", ".join(f"{name} ({count})" for name, count in text.sum().items() if count)
-        raise LocalError(f"features that are not numbers: {named}; encode text columns first")
-    x = numbers.to_numpy(np.float64, na_value=np.nan)
-    bad = [f"{name} ({count})" for name, count in zip(names, (~np.isfinite(x)).sum(axis=0), strict=True) if count]
-    if bad:
-        raise LocalError(f"features with missing or infinite values: {', '.join(bad)}; fill or drop them")
-    return x, names
-
-
-def _labels(y: Any, rows: int) -> tuple[Any, Vector]:
-    values = np.asarray(y)
-    if values.shape != (rows,):
-        raise LocalError(f"{rows} rows of features but labels of shape {values.shape}")
-    missing = int(pd.isna(values).sum())
-    if missing:
-        raise LocalError(f"{missing} labels are missing; drop these rows")
-    if len({type(value) for value in values.tolist()}) > 1:
-        raise LocalError("the labels are of several types; make them all numbers or all text")
-    classes, coded = np.unique(values, return_inverse=True)
-    if len(classes) != 2:
-        what = "constant" if len(classes) == 1 else f"one of {len(classes)} values"
-        raise LocalError(f"the label is {what} among these rows; it must have two values")
-    return classes, coded.astype(np.float64)
-
-
-def check_columns(x: Matrix, names: list[str], minimum: int, where: str = "the table") -> None:
-    """Refuse a feature holder's columns whose gradients would give it labels.
-
-    Raises:
-        LocalError: no more rows in a batch than columns (the gradient determines every residual), or a column with
-            fewer than `minimum` rows off its most frequent value (its gradient is theirs alone).
-    """
-    if len(x) <= x.shape[1]:
-        raise LocalError(
-            f"{where} has {len(x)} rows for {x.shape[1]} columns: the gradient would determine every row's residual, "
-            "hence labels; use more rows or fewer columns"
-        )
-    rare = []
-    for name, column in zip(names, x.T, strict=True):
-        off = len(column) - int(np.unique(column, return_counts=True)[1].max())
-        if off < minimum:
-            rare.append(f"{name} ({off})")
-    if rare:
-        raise LocalError(
-            f"columns with fewer than {minimum} rows in {where} off their most frequent value: {', '.join(rare)}; "
-            "their gradient would reveal single labels: drop or merge them"
-        )

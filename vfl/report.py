@@ -15,7 +15,7 @@ from parties.agreement import Agreement
 from parties.files import write_json, write_whole
 from parties.party_file import Party
 from vfl.job import Outcome, Prepared
-from vfl.linear import Scaling
+from vfl.share import Scaling
 
 SINGLE_HOLDER = (
     "One feature holder: its partial embeddings have nothing to hide behind. After as many exchanges as it has columns "
@@ -92,7 +92,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     for name, values in summary.get("metrics", {}).items():
         who = "label holder alone" if name == "alone" else "joint model"
         table.add_row(f"AUC, {who}", f"{values['auc']:.4f} on the test rows (log loss {values['log_loss']:.4f})")
-    state = "complete" if summary["converged"] else "stopped at the limit, see the note"
+    state = "complete" if summary["converged"] else "stopped before the optimum, see the note"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
     table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit")
     for row in phase_rows(summary):

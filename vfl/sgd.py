@@ -14,9 +14,9 @@ from parties.session import Session
 from vfl.encryption.paillier import PublicKey, SecretKey
 from vfl.encryption.scheme import Fixed
 from vfl.exchange import Scales, open_gradients, weigh_gradient
-from vfl.lbfgs import Matrix, Result
 from vfl.losses import Logistic, Vector
 from vfl.secure_sum import Contribution, sum_embeddings
+from vfl.solver import Matrix, Result
 
 
 def batches(rows: int, size: int, epochs: int, seed: int) -> list[NDArray[np.int64]]:

@@ -22,10 +22,10 @@ from parties.session import Session
 from vfl.encryption.paillier import PublicKey, SecretKey
 from vfl.encryption.scheme import Fixed
 from vfl.exchange import Scales, open_gradients, weigh_gradient
-from vfl.lbfgs import Limits, Matrix, Result, expected
 from vfl.losses import Logistic, Vector
 from vfl.messages import LARGEST, Direction, Weights
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
+from vfl.solver import Limits, Matrix, Result, expected
 
 INNER_TOLERANCE = 1e-10  # of the label holder's own minimisation, far below any outer one
 

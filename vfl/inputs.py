@@ -1,0 +1,68 @@
+"""What an estimator is given, checked before anything is sent. No complaint holds a value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from parties.errors import LocalError
+from vfl.losses import Vector
+from vfl.solver import Matrix
+
+
+def matrix(X: pd.DataFrame | Matrix) -> tuple[Matrix, list[str]]:
+    """Float64 values and column names. Raises LocalError that names columns and counts, never values."""
+    frame = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.asarray(X))
+    names = [str(name) for name in frame.columns]
+    numbers = frame.apply(pd.to_numeric, errors="coerce")
+    text = numbers.isna() & frame.notna()
+    if text.any(axis=None):
+        named = ", ".join(f"{name} ({count})" for name, count in text.sum().items() if count)
+        raise LocalError(f"features that are not numbers: {named}; encode text columns first")
+    x = numbers.to_numpy(np.float64, na_value=np.nan)
+    bad = [f"{name} ({count})" for name, count in zip(names, (~np.isfinite(x)).sum(axis=0), strict=True) if count]
+    if bad:
+        raise LocalError(f"features with missing or infinite values: {', '.join(bad)}; fill or drop them")
+    return x, names
+
+
+def two_labels(y: Any, rows: int) -> tuple[Any, Vector]:
+    values = np.asarray(y)
+    if values.shape != (rows,):
+        raise LocalError(f"{rows} rows of features but labels of shape {values.shape}")
+    missing = int(pd.isna(values).sum())
+    if missing:
+        raise LocalError(f"{missing} labels are missing; drop these rows")
+    if len({type(value) for value in values.tolist()}) > 1:
+        raise LocalError("the labels are of several types; make them all numbers or all text")
+    classes, coded = np.unique(values, return_inverse=True)
+    if len(classes) != 2:
+        what = "constant" if len(classes) == 1 else f"one of {len(classes)} values"
+        raise LocalError(f"the label is {what} among these rows; it must have two values")
+    return classes, coded.astype(np.float64)
+
+
+def check_columns(x: Matrix, names: list[str], minimum: int, where: str = "the table") -> None:
+    """Refuse a feature holder's columns whose gradients would give it labels.
+
+    Raises:
+        LocalError: no more rows in a batch than columns (the gradient determines every residual), or a column with
+            fewer than `minimum` rows off its most frequent value (its gradient is theirs alone).
+    """
+    if len(x) <= x.shape[1]:
+        raise LocalError(
+            f"{where} has {len(x)} rows for {x.shape[1]} columns: the gradient would determine every row's residual, "
+            "hence labels; use more rows or fewer columns"
+        )
+    rare = []
+    for name, column in zip(names, x.T, strict=True):
+        off = len(column) - int(np.unique(column, return_counts=True)[1].max())
+        if off < minimum:
+            rare.append(f"{name} ({off})")
+    if rare:
+        raise LocalError(
+            f"columns with fewer than {minimum} rows in {where} off their most frequent value: {', '.join(rare)}; "
+            "their gradient would reveal single labels: drop or merge them"
+        )

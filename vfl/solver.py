@@ -1,0 +1,39 @@
+"""What the solvers share: when to stop, what comes out, how long it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vfl.losses import Vector
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop: |gradient of F| (2-norm) at most `tolerance`, or after `exchanges` encrypted gradients."""
+
+    tolerance: float
+    exchanges: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Our slice of the weights; `objective` and `gradient_norm` are known to the label holder only (NaN elsewhere)."""
+
+    weights: Vector
+    exchanges: int
+    converged: bool
+    objective: float = np.nan
+    gradient_norm: float = np.nan
+
+
+def expected(first: float, now: float, exchange: int, limits: Limits) -> int:
+    """How many exchanges it may take in all, for the progress bar: the gradient falls about geometrically."""
+    if not 0 < limits.tolerance < now < first:
+        return min(max(exchange + 2, 20), limits.exchanges)
+    total = exchange * np.log(first / limits.tolerance) / np.log(first / now)
+    return int(min(max(total + 1, exchange + 2), limits.exchanges))

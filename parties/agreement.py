@@ -62,8 +62,8 @@ class Intersection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Caps of the private set intersection. Below `minimum` common rows nobody learns the exact number but the hub."""
 
     suite: Literal["curve25519_XMD:SHA-512_ELL2_RO_"] = "curve25519_XMD:SHA-512_ELL2_RO_"
-    minimum: Count = 100
-    minimum_to_score: Count = 1
+    minimum: Annotated[int, Meta(ge=0)] = 100
+    minimum_to_score: Annotated[int, Meta(ge=0)] = 1
     maximum_rows: Count = 1_000_000
     decoys: Annotated[int, Meta(ge=64, le=65536)] = 64
 

@@ -432,3 +432,35 @@ def test_init_keeps_an_agreement_that_came_from_the_others(tmp_path):
     assert colonnade("init", "--name", "grocer", "--no-label-holder", "--folder", tmp_path)[0] == 0
     assert (tmp_path / "agreement.toml").read_text() == "theirs"
     assert 'key = "grocer.key"' in (tmp_path / "grocer.toml").read_text()
+
+
+def test_the_tutorials_script_works_over_the_network(tmp_path):
+    paths = build(tmp_path, customers(150))
+    page = (Path(__file__).resolve().parents[1] / "docs" / "tutorial.md").read_text()
+    script = re.search(r"```python\n(.*?)```", page, re.S)[1]
+    for name in paths:
+        own = script.replace('"bank.toml"', f'"{name}.toml"').replace('"model.json"', f'"{name}.json"')
+        own = own if name == "bank" else own.replace("prepared.label[rows]", "None")
+        (tmp_path / f"{name}.py").write_text(own)
+    running = {
+        name: subprocess.Popen([sys.executable, f"{name}.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for name in paths
+    }
+    try:
+        errors = {name: process.communicate(timeout=60)[1] for name, process in running.items()}
+    finally:
+        for process in running.values():
+            process.kill()
+    assert {process.returncode for process in running.values()} == {0}, errors
+    shares = {name: VerticalLogisticRegression.load(tmp_path / f"{name}.json") for name in paths}
+    assert len({share.training_ for share in shares.values()}) == 1
+    assert list(shares["grocer"].feature_names_in_) == ["baskets", "returns"]
+
+
+def test_no_common_customer_is_said_so(tmp_path):
+    tables = customers(60)
+    tables["telco"]["id"] = [f"other-{number}" for number in range(len(tables["telco"]))]
+    paths = build(tmp_path, tables, minimum=0)
+    codes, errors = together({name: ["run", path] for name, path in paths.items()})
+    assert set(codes.values()) == {3}
+    assert "no customer is common" in errors["bank"]

@@ -90,6 +90,17 @@ def test_nothing_in_common_is_refused_and_names_no_size(empty: bool, count: int)
     assert {type(result) for result in found.values()} == {Refused}
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("empty", [False, True], ids=["0 percent", "one side empty"])
+def test_where_the_agreement_has_no_minimum_nothing_in_common_is_an_empty_join(empty: bool, count: int) -> None:
+    sets = {
+        name: [] if empty and place == 1 else ids(100 * place, 100 * place + 20)
+        for place, name in enumerate(NAMES[:count])
+    }
+    found = play(roles(sets), agree(count, intersection={"minimum": 0}), identities=parties(count))
+    assert [result.rows.tolist() for result in found.values()] == [[]] * count
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     st.integers(2, 4).flatmap(

@@ -137,6 +137,8 @@ def train(session: Session, prepared: Prepared, minimum: int = 0, keep: Keep = l
     """
     settings = session.agreement.model
     alignment, report = _align(session, prepared, minimum, keep)
+    if not len(alignment.rows):
+        raise Refused("no customer is common to all parties; are the ids of one kind, and the rule right?")
     features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
     test = split(len(features), settings.test_fraction, settings.seed)
     label = None if prepared.label is None else prepared.label[alignment.rows]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from parties.memory import outcomes
 from tests.training import agreed, centralised, fit, joined, kinds, objective, sent, table
 from vfl import sgd
 from vfl.encryption.paillier import SecretKey, generate
+from vfl.inputs import leverage, rank
 from vfl.linear import VerticalLogisticRegression
 from vfl.messages import PartialEmbedding
 
@@ -448,13 +450,6 @@ BAD_FEATURES = [
     ),
     pytest.param("grocer", rare, {}, ["grocer_1", "7"], id="rare column"),
     pytest.param("grocer", lambda p: p.assign(grocer_1=MARK), {}, ["grocer_1", "0"], id="constant column"),
-    pytest.param(
-        "mobile",
-        lambda p: p,
-        {"solver": "sgd", "batch_size": 4},
-        ["4 rows", "4 columns"],
-        id="a batch of no more rows",
-    ),
 ]
 
 
@@ -471,14 +466,67 @@ def test_bad_features_fail_before_anything_is_sent_and_are_named_by_column_and_c
 ):
     parts, y = table(3, 80)
     recorded: Any = {}
-    policy = {"minimum_rows_off_mode": 1} if params else None  # so that only the batch is too small
-    changed = parts | {who: change(parts[who])}
-    ended = fit(changed, y, secret, params=params, policy=policy, recorded=recorded)
+    ended = fit(parts | {who: change(parts[who])}, y, secret, params=params, recorded=recorded)
     text = refusal(ended, who)
     assert all(word in text for word in named), text
     assert "211.6" not in text
     assert nothing_left(recorded)
     assert all(set(kinds(recorded, who, peer)) <= {"Hello", "Abort"} for peer in recorded[who])
+
+
+def test_a_batch_of_few_rows_is_refused_at_every_feature_holder(secret):
+    parts, y = table(3, 80)
+    recorded: Any = {}
+    params, policy = {"solver": "sgd", "batch_size": 4}, {"minimum_rows_off_mode": 1}
+    ended = fit(parts, y, secret, params=params, policy=policy, recorded=recorded)
+    assert "4 rows for 4 columns" in str(ended["mobile"])
+    assert isinstance(ended["mobile"], LocalError)
+    assert nothing_left(recorded)
+
+
+def test_one_row_more_than_columns_is_too_few_because_residuals_add_up_to_zero(secret):
+    parts, y = table(2, 11, widths=(2, 10))
+    ended = fit(parts, y, secret, policy={"minimum_rows_off_mode": 1})
+    assert isinstance(ended["grocer"], LocalError)
+    assert "11 rows for 10 columns" in str(ended["grocer"])
+
+
+def test_a_row_that_alone_decides_a_combination_of_columns_is_refused(secret):
+    parts, y = table(3, 80)
+    parts["grocer"].iloc[5, 0] = 500.0  # far out in a tail: the gradient's sign would be its label
+    text = refusal(fit(parts, y, secret), "grocer")
+    assert "leverage" in text
+    assert "log-transform" in text
+
+
+def test_leverage_and_rank_are_those_of_the_design_matrix():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(50, 4)) * [1, 1e-6, 1e6, 3] + [0, 5, -7, 1e3]
+    q, _ = np.linalg.qr(np.column_stack([np.ones(50), x]))
+    np.testing.assert_allclose(leverage(x), np.square(q).sum(axis=1), rtol=1e-6)
+    assert rank(x) == 4
+    assert rank(np.column_stack([x, x[:, 0] + 2 * x[:, 3], np.ones(50)])) == 4
+    assert rank(np.eye(3)[generator.integers(0, 3, 50)]) == 2  # a complete one-hot set
+
+
+def test_columns_that_fixed_point_would_turn_into_others_are_refused(secret):
+    parts, y = table(3, 80)
+    parts["grocer"]["grocer_1"] *= 1e-5
+    text = refusal(fit(parts, y, secret), "grocer")
+    assert "too small for fixed point in grocer_1" in text
+
+
+def test_a_feature_holder_that_claims_more_columns_than_agreed_is_refused_by_all(secret):
+    parts, y = table(3, 80)
+    settings = agreed(list(parts))
+    bounded = [
+        msgspec.structs.replace(party, columns=3 if party.name == "mobile" else 0)
+        for party in settings["agreement"].parties
+    ]
+    settings["agreement"] = msgspec.structs.replace(settings["agreement"], parties=tuple(bounded))
+    ended = fit(parts, y, secret, **settings)  # mobile brings four
+    assert {type(ended[name]) for name in ("bank", "grocer")} == {Refused}
+    assert "the agreement allows 3" in str(ended["grocer"])
 
 
 def test_no_more_rows_than_columns_are_refused_before_anything_is_sent(secret):

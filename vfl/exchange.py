@@ -26,6 +26,7 @@ from vfl.messages import ROWS_PER_PART, OpenedGradient, SchemeKey, SealedGradien
 
 MEAN_BITS = 8  # a slot leaves room for a column whose mean |x| is below 2^8
 FEATURE_BOUND_BITS = 42
+COARSE = 2**8  # a column whose standard deviation is fewer steps of the fixed point would be another column
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Scales:
         if large:
             raise LocalError(f"values of {bound:.0f} or more in {', '.join(large)}; standardise the features")
         fixed = quantise(x, self.feature_bits, bound_bits=FEATURE_BOUND_BITS, what="features")
+        coarse = [name for name, spread in zip(names, fixed.std(axis=0), strict=True) if 0 < spread < COARSE]
+        if coarse:
+            raise LocalError(f"values too small for fixed point in {', '.join(coarse)}; standardise the features")
         sums = np.abs(fixed).sum(axis=0)  # no overflow below 2^21 rows of 2^42
         large = [
             name

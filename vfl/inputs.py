@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,18 @@ from parties.errors import LocalError
 from vfl.losses import Vector
 from vfl.solver import Matrix
 
+log = logging.getLogger("colonnade")
+LEVERAGE_REFUSED = 0.9
+LEVERAGE_WARNED = 0.5
+RANK_TOLERANCE = 1e-4  # relative; what lies below is fixed-point noise, or too little to hide behind
+
 
 def matrix(X: pd.DataFrame | Matrix) -> tuple[Matrix, list[str]]:
     """Float64 values and column names. Raises LocalError that names columns and counts, never values."""
     frame = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.asarray(X))
     names = [str(name) for name in frame.columns]
+    if not names:
+        raise LocalError("a party needs at least one feature column")
     numbers = frame.apply(pd.to_numeric, errors="coerce")
     text = numbers.isna() & frame.notna()
     if text.any(axis=None):
@@ -51,7 +59,7 @@ def check_columns(x: Matrix, names: list[str], minimum: int, where: str = "the t
         LocalError: no more rows in a batch than columns (the gradient determines every residual), or a column with
             fewer than `minimum` rows off its most frequent value (its gradient is theirs alone).
     """
-    if len(x) <= x.shape[1]:
+    if len(x) <= x.shape[1] + 1:  # with an intercept the residuals add up to zero: one more equation
         raise LocalError(
             f"{where} has {len(x)} rows for {x.shape[1]} columns: the gradient would determine every row's residual, "
             "hence labels; use more rows or fewer columns"
@@ -66,3 +74,38 @@ def check_columns(x: Matrix, names: list[str], minimum: int, where: str = "the t
             f"columns with fewer than {minimum} rows in {where} off their most frequent value: {', '.join(rare)}; "
             "their gradient would reveal single labels: drop or merge them"
         )
+    top = float(leverage(x).max())
+    if top >= LEVERAGE_REFUSED:
+        raise LocalError(
+            f"one row of {where} decides a combination of columns almost alone (leverage {top:.2f}): the gradient "
+            "would reveal its label; clip or log-transform long-tailed columns, drop columns that differ in few rows"
+        )
+    if top >= LEVERAGE_WARNED:
+        log.warning(
+            "one row of %s weighs much in a combination of columns (leverage %.2f): the gradient may tell its label; "
+            "clip or log-transform long-tailed columns",
+            where,
+            top,
+        )
+
+
+def _principal(x: Matrix) -> tuple[Matrix, Matrix]:
+    """Centred x and its principal axes scaled to unit variance, without those below RANK_TOLERANCE of the largest."""
+    centred = x - x.mean(axis=0)
+    norms = np.linalg.norm(centred, axis=0)
+    centred = centred / np.where(norms > 0, norms, 1.0)  # leverage and rank do not depend on units
+    values, axes = np.linalg.eigh(centred.T @ centred)
+    kept = values > max(values.max(initial=0.0), 0.0) * RANK_TOLERANCE**2
+    return centred, axes[:, kept] / np.sqrt(values[kept])
+
+
+def leverage(x: Matrix) -> Vector:
+    """Per row, the diagonal of the projection on [1, X]: 1 means that some combination of columns is that row alone."""
+    centred, axes = _principal(x)
+    out: Vector = 1 / len(x) + np.square(centred @ axes).sum(axis=1)
+    return out
+
+
+def rank(x: Matrix) -> int:
+    """How many independent directions the centred columns have: so many embeddings span them all."""
+    return int(_principal(x)[1].shape[1])

@@ -21,7 +21,7 @@ from vfl import lbfgs, sgd, subspace
 from vfl.encryption.paillier import SecretKey
 from vfl.encryption.scheme import Fixed
 from vfl.exchange import Scales, accept_key, offer_key
-from vfl.inputs import check_columns, matrix, two_labels
+from vfl.inputs import check_columns, matrix, rank, two_labels
 from vfl.losses import Vector
 from vfl.messages import Plan
 from vfl.secure_sum import Contribution, sum_embeddings
@@ -89,7 +89,8 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         Reveals:
             To the label holder: numbers of columns; per exchange, the sum over the feature holders of their embeddings
             (one feature holder: its own) and of scalar products of the solver's history.
-            To a feature holder: its own aggregate gradient, d numbers an exchange, and the solver's coefficients.
+            To a feature holder: its own aggregate gradient, d numbers an exchange, and the solver's coefficients, among
+            them the norm of all feature holders' gradients. To all: everybody's number of columns and their rank.
         Raises:
             LocalError: input that cannot be trained on, before anything is sent. Refused, PeerLost,
             ProtocolViolation: see the errors.
@@ -101,26 +102,23 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         labels = two_labels(y, len(x)) if y is not None else None
         scales = Scales.of(session.agreement, len(x))
         batches = self._batches(len(x), session.agreement.model.max_exchanges)
-        fixed = scales.features(x, names) if labels is None else np.empty((0, 0), np.int64)
+        fixed = np.empty((0, 0), np.int64)
         if labels is None:
             self._check_columns(session, x, names, batches)
-        plans = self._agree(session, "fit", x)
-        columns = {name: plan.columns for name, plan in plans.items()}
-        limits = self._limits(session, columns | {session.name: x.shape[1]}, len(batches))
-        most = max(count for name, count in columns.items() if name != session.label_holder) if labels else x.shape[1]
-        self._warn_few_rows(session, min(map(len, batches), default=len(x)), most, limits)
+            fixed = scales.features(x, names)
+        plans = self._agree(session, "fit", x, 0 if session.is_label_holder else rank(x))
+        smallest = min(map(len, batches), default=len(x))
+        columns = self._check_holders(session, plans, smallest)
+        limits = self._limits(session, plans, len(batches))
+        ours = max(columns.values()) if labels is not None else x.shape[1]
+        self._warn_few_rows(session, smallest, ours, limits)
         if labels is not None:
             self.classes_, coded = labels
-            self._check_peers(session, columns, min(map(len, batches), default=len(x)))
             result = self._fit_label_holder(session, x, coded, limits, columns, scales, batches, secret)
         else:
             result = self._fit_feature_holder(session, fixed, limits, scales, batches)
-        if not result.converged and result.exchanges == limits.exchanges < (len(batches) or self.max_iter):
-            log.warning(
-                "training stopped after %d exchanges, before the optimum: with as many as the feature holders have "
-                "columns the label holder could rebuild them; allow_reconstruction in the agreement lifts this",
-                result.exchanges,
-            )
+        if not result.converged:
+            self._say_why(session, result, limits)
         intercept = session.is_label_holder and self.fit_intercept
         self.coef_ = result.weights[np.newaxis, : x.shape[1]]
         self.intercept_ = result.weights[-1:] if intercept else np.zeros(1)
@@ -282,13 +280,30 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             check_columns(x[batch], names, minimum, "a batch")
             session.tick()
 
-    def _check_peers(self, session: Session, columns: dict[str, int], rows: int) -> None:
-        """At the label holder, whose labels they are: no peer may bring so many columns that its gradient is R."""
+    def _say_why(self, session: Session, result: Result, limits: Limits) -> None:
+        """Training ended before the tolerance: for whose sake."""
+        why = "fixed point allows no further progress; a larger tol would call this converged"
+        if result.exchanges == limits.exchanges < min(self.max_iter, session.agreement.model.max_exchanges):
+            why = (
+                "with as many as the feature holders' columns have independent directions the label holder could "
+                "rebuild them; allow_reconstruction in the agreement lifts this"
+            )
+        elif result.exchanges == limits.exchanges:
+            why = "as many as were agreed"
+        log.warning("training stopped after %d exchanges, before the optimum: %s", result.exchanges, why)
+
+    def _check_holders(self, session: Session, plans: dict[str, Plan], rows: int) -> dict[str, int]:
+        """The columns of every feature holder, none with more than agreed, nor so many that its gradient is R.
+
+        All parties check all: claimed columns give labels, and lift the limit on exchanges for everybody.
+        """
+        columns = {name: plan.columns for name, plan in plans.items() if name != session.label_holder}
         for name, count in columns.items():
             agreed = session.agreement.party(name).columns
-            if count >= rows or (agreed and count > agreed):
+            if count + 1 >= rows or (agreed and count > agreed):
                 limit = f"the agreement allows {agreed}" if agreed else f"a batch has {rows} rows"
                 raise Refused(f"{name} brings {count} columns, {limit}: its gradients would give it labels", peer=name)
+        return columns
 
     def _warn_few_rows(self, session: Session, rows: int, columns: int, limits: Limits) -> None:
         """Both sides say it: gradients are sums over rows, and lattice reduction can undo sums of few."""
@@ -301,10 +316,13 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
                 columns,
             )
 
-    def _agree(self, session: Session, purpose: str, x: Matrix) -> dict[str, Plan]:
-        """All parties compare what they are about to do, and count rows and columns, before any data moves."""
+    def _agree(self, session: Session, purpose: str, x: Matrix, independent: int = 0) -> dict[str, Plan]:
+        """All parties compare what they are about to do, and count rows and columns, before any data moves.
+
+        Returns everybody's plan, ours included.
+        """
         text = msgspec.json.encode([purpose, self._plain_params()], order="sorted")
-        ours = Plan(hashlib.sha256(b"colonnade/plan/1" + session.id + text).digest(), len(x), x.shape[1])
+        ours = Plan(hashlib.sha256(b"colonnade/plan/1" + session.id + text).digest(), len(x), x.shape[1], independent)
         session.broadcast(ours)
         plans = session.gather(Plan)
         for name, plan in plans.items():
@@ -315,15 +333,15 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
                 )
             if plan.rows != ours.rows:
                 raise ProtocolViolation(f"{name} has {plan.rows} rows where we have {ours.rows}", peer=name)
-        return plans
+        return plans | {session.name: ours}
 
-    def _limits(self, session: Session, columns: dict[str, int], batches: int) -> Limits:
+    def _limits(self, session: Session, plans: dict[str, Plan], batches: int) -> Limits:
         """The cap on exchanges; every party computes it, so that none can be led beyond it.
 
-        Without consent it is the number of the feature holders' columns together: so many embeddings, or sums of
-        them, let the label holder rebuild these columns up to a linear map.
+        Without consent it is the number of independent directions of the feature holders' columns together: so many
+        embeddings, or sums of them, let the label holder rebuild these columns up to a linear map.
         """
         agreed = session.agreement.model
         wanted = batches or min(self.max_iter, agreed.max_exchanges)
-        together = sum(count for name, count in columns.items() if name != session.label_holder)
-        return Limits(self.tol, wanted if agreed.allow_reconstruction else min(wanted, together))
+        together = sum(plan.rank for name, plan in plans.items() if name != session.label_holder)
+        return Limits(self.tol, wanted if agreed.allow_reconstruction else min(wanted, max(together, 1)))

@@ -33,15 +33,17 @@ class _Step(Message):
 @kind(200, "control")
 @dataclass(frozen=True, eq=False)
 class Plan(Message):
-    """All to all: digest of model, hyper-parameters and scales, our rows and columns. Digests and rows must agree."""
+    """All to all: digest of model and hyper-parameters, our rows, columns and their rank (0 at the label holder, and
+    when scoring). Digests and rows must agree."""
 
     digest: bytes
     rows: int
     columns: int
+    rank: int
 
     def __post_init__(self) -> None:
-        if len(self.digest) != 32 or not 0 <= self.rows < 2**40 or not 1 <= self.columns <= 2**20:
-            raise ValueError("a plan is a digest, rows and columns")
+        if len(self.digest) != 32 or not 0 <= self.rows < 2**40 or not 0 <= self.rank <= self.columns <= 2**20:
+            raise ValueError("a plan is a digest, rows, columns and their rank")
 
 
 @kind(201, "control", "|u1", 2)
@@ -143,7 +145,7 @@ class MaskedScalars(_Step):
 @dataclass(frozen=True, eq=False)
 class Direction(_Step):
     """G -> k: the next direction as coefficients over the history, the gradient last; empty: training ends here,
-    at the optimum (`converged`) or at the agreed number of exchanges."""
+    at the optimum (`converged`), at the last exchange that is allowed, or where fixed point gives nothing new."""
 
     converged: bool
     data: Array

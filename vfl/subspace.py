@@ -14,6 +14,8 @@ weights.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
@@ -48,9 +50,11 @@ def label_holder(
     Reveals:
         To us, per exchange: the sum of the feature holders' embeddings along one more direction, the square of their
         gradient's norm and its products with earlier directions. With one feature holder these are its own. As many
-        exchanges as they have columns together let us rebuild these columns up to a linear map.
+        embeddings as these columns have independent directions let us rebuild them up to a linear map; the last
+        exchange adds the square of what was new in the gradient. Choosing coefficients freely gives no more than that.
         To a feature holder: its own aggregate gradient, its weights as a combination of its earlier gradients, and the
-        norm of all feature holders' gradients together.
+        norm of all feature holders' gradients together and their products with earlier directions. With two feature
+        holders it can subtract its own part.
     Raises:
         ProtocolViolation: a peer sent what its step does not allow.
     """
@@ -68,7 +72,9 @@ def label_holder(
     for exchange in range(limits.exchanges):
         if exchange:
             model.coef_ = np.append(model.coef_, [[0.0]], axis=1)
-        model.fit(known, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a minimum that is not exact shows in the gradient's norm, which decides
+            model.fit(known, y)
         weights, directions = model.coef_[0], exchange
         if exchange:
             session.broadcast(Weights(exchange - 1, weights[x.shape[1] :]))
@@ -82,7 +88,7 @@ def label_holder(
         norm = float(np.sqrt(products[-1] + ours @ ours + (float(residual.mean()) ** 2 if alone.fit_intercept else 0)))
         across = float(products[-1] - products[:-1] @ products[:-1])  # the square of what is new in the gradient
         first, converged = first or norm, norm <= limits.tolerance
-        done = converged or across <= 2.0**-70 or exchange + 1 == limits.exchanges
+        done = converged or across <= max(2.0**-70, 1e-14 * products[-1]) or exchange + 1 == limits.exchanges
         session.advance(exchange + 1, exchange + 1 if done else expected(first, norm, exchange, limits))
         if done:
             session.broadcast(Direction(exchange, converged, np.empty(0)))
@@ -123,7 +129,7 @@ def feature_holder(
                 if combination.exchange != exchange - 1 or len(combination.data) != exchange:
                     raise ValueError("weights of another step or size than is due")
                 weights = directions @ combination.data
-                if not np.abs(weights).max() < LARGEST:
+                if not np.abs(weights).max() < LARGEST**0.5:
                     raise ValueError("weights that cannot be")
         gradient = weigh_gradient(session, public, x, scales, exchange) / len(x) + penalty * weights
         contribution.send_scalars([*(gradient @ directions).tolist(), float(gradient @ gradient)], exchange)
@@ -141,7 +147,7 @@ def feature_holder(
             break
         direction = np.column_stack([directions, gradient]) @ order.data
         with blame(channel.peer):
-            if not np.abs(direction).max() < LARGEST:
+            if not np.linalg.norm(direction) < 1.001:  # ours is part of a vector of length 1
                 raise ValueError("a direction that cannot be")
         directions = np.column_stack([directions, direction])
         contribution.send_embedding(exact @ direction, exchange)

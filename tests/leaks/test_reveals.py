@@ -212,6 +212,24 @@ def test_without_consent_training_stops_before_the_label_holder_has_as_many_embe
     assert np.abs(rebuilt(seen, x) - x[KNOWN:]).max() > 0.1
 
 
+@pytest.mark.parametrize("solver", ["subspace", "lbfgs"])
+def test_columns_that_follow_from_others_do_not_lift_the_limit(secret, solver):
+    """A total beside its parts: three embeddings span four columns, so two are all that the label holder gets."""
+    parts, y = table(2, 100, widths=(2, 3))
+    total = parts["grocer"].assign(total=parts["grocer"].sum(axis=1))
+    recorded: Any = {}
+    params = {"solver": solver, "tol": 1e-9}
+    ended = fit(parts | {"grocer": total}, y, secret, params=params, recorded=recorded)
+    assert {model.n_iter_ for model in ended.values()} == {3}
+    seen, x = embeddings(recorded, "grocer"), total.to_numpy()
+    assert seen.shape == (100, 2)
+    assert np.abs(rebuilt(seen, x) - x[KNOWN:]).max() > 0.1
+    recorded = {}
+    fit(parts | {"grocer": total}, y, secret, params=params, policy={"allow_reconstruction": True}, recorded=recorded)
+    seen = embeddings(recorded, "grocer")[:, :3]
+    assert np.abs(rebuilt(seen, x) - x[KNOWN:]).max() < 1e-3  # with consent, three embeddings rebuild all four
+
+
 def test_the_same_attack_on_the_masked_embeddings_of_one_of_two_feature_holders_fails():
     rows, generator = 2000, np.random.default_rng(1)
     x = {name: generator.normal(size=(rows, 10)) for name in ("grocer", "mobile")}
@@ -347,6 +365,7 @@ def test_a_rare_column_yields_that_rows_label_which_is_why_it_is_refused(secret,
         return gradients[-1]
 
     at_the_grocer(monkeypatch, curious)
+    monkeypatch.setattr("vfl.inputs.LEVERAGE_REFUSED", 2.0)
     for row in (int(np.flatnonzero(y == 1)[4]), int(np.flatnonzero(y == 0)[4])):
         gradients.clear()
         rare = with_rare_column(parts, [row])
@@ -361,14 +380,19 @@ def test_a_rare_column_yields_that_rows_label_which_is_why_it_is_refused(secret,
         assert "SealedResidual" not in kinds(recorded, "bank", "grocer")
 
 
-def test_not_caught_two_columns_that_differ_in_one_row_yield_its_label(secret, monkeypatch):
-    """Each column alone is common enough; their difference is not. Who wants labels can build such columns."""
+def test_two_columns_that_differ_in_one_row_yield_its_label_which_is_why_they_are_refused(secret, monkeypatch):
+    """Each column alone is common enough; their difference is not."""
     parts, y = table(3, 60)
     flag = (np.arange(60) % 2).astype(float)
     row = 8
     twins = parts["grocer"].assign(flag=flag, twin=np.where(np.arange(60) == row, 1.0, flag))
     honest, gradients = subspace.weigh_gradient, []
     at_the_grocer(monkeypatch, lambda *arguments: gradients.append(honest(*arguments)) or gradients[-1])
+    refused = fit(parts | {"grocer": twins}, y, secret, params={"max_iter": 1})["grocer"]
+    assert isinstance(refused, LocalError)
+    assert "leverage" in str(refused)
+    assert not gradients
+    monkeypatch.setattr("vfl.inputs.LEVERAGE_REFUSED", 2.0)
     ended = fit(parts | {"grocer": twins}, y, secret, params={"max_iter": 1})
     assert {type(model) for model in ended.values()} == {VerticalLogisticRegression}
     assert int(gradients[0][-1] - gradients[0][-2] < 0) == y[row]

@@ -50,7 +50,7 @@ class Channel:
         try:
             self._link.send(header, payload, self._timeout if timeout is None else timeout)
         except PeerLost as lost:
-            raise self._unread_abort() or lost from None
+            raise self.unread_abort() or lost from None
 
     def _record(self, message: Message) -> tuple[bytes, bytes | memoryview]:
         try:
@@ -65,7 +65,7 @@ class Channel:
         self._sent_hash.update(digest)
         return header, payload
 
-    def _unread_abort(self) -> PeerAborted | None:
+    def unread_abort(self) -> PeerAborted | None:
         """The abort that the lost peer sent, if it lies among what has arrived."""
         with suppress(ColonnadeError, ValueError):
             while True:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from parties.zeromq import Post
 
 TURN = 0.2  # seconds between two looks at the clock
-RESEND = 30.0  # seconds without acknowledgement, a backstop (a new connection sends again); doubled up to ten times that
+RESEND = 30.0  # seconds without acknowledgement; a backstop (new connections send again), doubled up to ten times
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Patience:
     connect: float = 600.0  # for a peer to come at all: people start at different times
     silence: float = 15.0  # no frame at all
     stall: float = 120.0  # frames, but no progress of the peer's working loop
-    handshake: float = 20.0  # connections that never become a conversation; half of it when the other side is at fault
+    handshake: float = 20.0  # connections that never become a conversation; half of it for another protocol
     flush: float = 10.0  # at close, for what is not yet acknowledged
 
 
@@ -125,7 +125,8 @@ class Link:
         """When closing: whether the peer cannot, or need not, acknowledge anything more."""
         if self.failure is not None:
             return self.mute or self.route is None or self.books.idle
-        return self.books.closed or self.books.settled or self.came is None
+        gone = self.route is None and not self.books.target  # else its first frame is on its way
+        return self.books.closed or self.books.settled or gone
 
     def connected(self) -> None:
         """A new connection: send again what may be lost with the old one, and begin by showing ourselves."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from parties.agreement import Agreement, differences
 from parties.channel import Channel, Link, M
-from parties.errors import ColonnadeError, ProtocolViolation, Refused
+from parties.errors import ColonnadeError, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.message import PAYLOAD_LIMIT, Array, Message, kind
@@ -160,7 +160,11 @@ def handshake(
     ours = Hello(agreement.digest, approval, task, nonce)
     for channel in channels.values():
         channel.send(ours)
-    hellos = {me.name: ours} | {name: channel.receive(Hello) for name, channel in channels.items()}
+    try:
+        hellos = {me.name: ours} | {name: channel.receive(Hello) for name, channel in channels.items()}
+    except PeerLost as lost:  # one that did not come may have left because of another, who has told us why
+        aborts = (other.unread_abort() for other in channels.values())
+        raise next(filter(None, aborts), lost) from None
     others = [name for name in channels if hellos[name].digest != agreement.digest]
     for name in others:  # all tell before anybody stops, so that all learn what differs
         channels[name].send(AgreementText(np.frombuffer(agreement.canonical, np.uint8)))

@@ -33,6 +33,7 @@ __all__ = ["Link", "Patience", "Peer", "Post"]
 _USUAL = Patience()
 _LOG = logging.getLogger("colonnade")
 _LINGER = 200  # milliseconds for the last acknowledgement to leave the machine
+_PAUSE = 0.05  # seconds to read on before that: who leaves with data unread resets the connection, and the last is lost
 _THREADS = 63  # I/O threads that ZMQ_AFFINITY, a signed number here, can tell apart
 _BURST = 64  # frames taken from one socket before the others have their turn
 
@@ -73,7 +74,8 @@ class Post:
         self._router_monitor: curve.Socket | None = None
         dealers = [(link, link.peer.endpoint) for link in self._links.values() if link.peer.endpoint is not None]
         with curve.files():
-            self._context: zmq.Context[curve.Socket] = zmq.Context(min(1 + len(dealers), _THREADS))  # and its ZAP handler
+            threads = min(1 + len(dealers), _THREADS)
+            self._context: zmq.Context[curve.Socket] = zmq.Context(threads)  # our own: its one ZAP handler is ours
             self._bell, self._hook = sockets.socketpair()
             self._bell.setblocking(False)
             self._hook.setblocking(False)
@@ -192,6 +194,8 @@ class Post:
                         link.failure = link.failure or LocalError(problem)
                     self.changed.notify_all()
             finally:
+                if any(link.route is not None for link in self._links.values()):
+                    time.sleep(_PAUSE)
                 self._release(_LINGER)
 
     def _release(self, linger: int) -> None:
@@ -248,9 +252,10 @@ class Post:
                 link.connected()
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 ours = self.me.public
+                often = ", or our line breaks too often" if link.came is not None else ""
                 text = (
                     f"{link.name} does not list our key {ours.fingerprint} (transport key "
-                    f"{curve.transport_print(ours.curve)}) among those that connect to it{', or our line breaks too often' * bool(link.came)}; "
+                    f"{curve.transport_print(ours.curve)}) among those that connect to it{often}; "
                     "compare the agreements"
                 )
                 self._fail(link, Refused(text, peer=link.name))

@@ -672,7 +672,7 @@ FIELD_ERRORS = {
     "not finite": (TOML.replace("2.5", "inf"), "not finite"),
     "not a number": (TOML.replace("2.5", "nan"), "model.C|not finite"),
     "few decoys": (TOML + "[intersection]\ndecoys = 63\n", "intersection.decoys"),
-    "no minimum": (TOML + "[intersection]\nminimum = 0\n", "intersection.minimum"),
+    "no minimum": (TOML + "[intersection]\nminimum = -1\n", "intersection.minimum"),
     "short key": (TOML + "[encryption]\nkey_bits = 1024\n", "encryption.key_bits"),
     "another scheme": (TOML + '[encryption]\nscheme = "rot13"\n', "encryption.scheme"),
     "too few rows off the mode": (TOML + "minimum_rows_off_mode = 9\n", "model.minimum_rows_off_mode"),

@@ -137,7 +137,7 @@ def split_columns(seed: int = 11) -> dict[str, pd.DataFrame]:
     data = load_breast_cancer(as_frame=True)
     rng = np.random.default_rng(seed)
     rest = [name for name in data.data.columns if name not in WEAK]
-    columns = {LABEL_HOLDER: list(WEAK), "laboratory": rest[:13], "imaging": rest[13:]}
+    columns = {LABEL_HOLDER: list(WEAK), "laboratory": rest[::2], "imaging": rest[1::2]}
     patients = rng.permutation(len(data.data))
     common, others = patients[:490], patients[490:]
     spell = {

@@ -101,7 +101,7 @@ def refusal(values, rule="text/1", **policies) -> str:
 
 
 def test_refusals_name_source_column_count_and_remedy():
-    assert '2 duplicate ids under text/1; remove them or set duplicates to "first"' in refusal(
+    assert '2 duplicate ids under text/1; remove them, or agree on duplicates = "first"' in refusal(
         ["q7", "Q7", "q7 ", "q8"]
     )
     assert '2 empty and 0 invalid ids under text/1; correct them or set empty to "drop"' in refusal(["q7", None, " "])

@@ -104,7 +104,9 @@ def test_refusals_name_source_column_count_and_remedy():
     assert '2 duplicate ids under text/1; remove them, or agree on duplicates = "first"' in refusal(
         ["q7", "Q7", "q7 ", "q8"]
     )
-    assert '2 empty and 0 invalid ids under text/1; correct them or set empty to "drop"' in refusal(["q7", None, " "])
+    assert '2 empty and 0 invalid ids under text/1; correct them, or agree on empty = "drop"' in refusal(
+        ["q7", None, " "]
+    )
     assert "0 empty and 1 invalid ids under email/1" in refusal(["q7", "q@z"], "email/1")
     assert "duplicate" in refusal(["q7", "q7", None], empty="drop")
     assert "empty" in refusal(["q7", "q7", None], duplicates="last")

@@ -79,9 +79,10 @@ class Channel:
             raise ValueError("a message that names another sender or receiver")
         if header.kind != Abort.kind:
             return None
-        reason = decode(header, payload, Abort).reason
-        text = f"{self.peer} stopped ({_REASONS[reason]}); its own message and log say more"
-        return PeerAborted(text, peer=self.peer, reason=reason)
+        abort = decode(header, payload, Abort)
+        whose = "because another party did: " if abort.relayed else ""
+        text = f"{self.peer} stopped ({whose}{_REASONS[abort.reason]}); its own message and log say more"
+        return PeerAborted(text, peer=self.peer, reason=abort.reason)
 
     def receive(self, expected: type[M], timeout: float | None = None) -> M:
         """The next message, which must be of the `expected` kind.
@@ -120,10 +121,10 @@ class Channel:
         for _ in range(waiting):
             yield self.receive(expected)
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, *, relayed: bool = False) -> None:
         """Tell the peer that we stop, if it can still be told; never raises."""
         with suppress(ColonnadeError):
-            header, payload = self._record(Abort(reason))
+            header, payload = self._record(Abort(reason, relayed))
             last = getattr(self._link, "last", None)  # links in memory have none
             if last is None:
                 self._link.send(header, payload, 2.0)
@@ -136,7 +137,6 @@ _REASONS = {
     "refused": "its policy or agreement refuses",
     "lost": "it lost a party",
     "violation": "it saw a violation of the protocol",
-    "aborted": "another party stopped",
     "interrupted": "somebody interrupted it",
     "error": "an internal error",
 }

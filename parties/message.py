@@ -84,12 +84,13 @@ def kind(number: int, ledger_class: str, dtype: str = "", ndim: int = 0) -> Call
 @kind(1, "control")
 @dataclass(frozen=True, eq=False)
 class Abort(Message):
-    """We stop; `reason` is the kind of the error, never its text."""
+    """We stop; `reason` is the kind of the error, never its text; `relayed`: it is another party's, we heard of it."""
 
     reason: str
+    relayed: bool = False
 
     def __post_init__(self) -> None:
-        if self.reason not in ("local", "refused", "lost", "violation", "aborted", "interrupted", "error"):
+        if self.reason not in ("local", "refused", "lost", "violation", "interrupted", "error"):
             raise ValueError("unknown reason")
 
 

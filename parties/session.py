@@ -16,7 +16,7 @@ import numpy as np
 
 from parties.agreement import Agreement, differences
 from parties.channel import Channel, Link, M
-from parties.errors import ColonnadeError, PeerLost, ProtocolViolation, Refused
+from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.message import PAYLOAD_LIMIT, Array, Message, kind
@@ -239,14 +239,20 @@ def converse(
         with session.phase("close"):
             session.close()
     except BaseException as error:
-        reason = "error"
-        if isinstance(error, (ColonnadeError, KeyboardInterrupt)):
-            reason = getattr(error, "kind", "interrupted")
         for channel in channels.values():
-            channel.abort(reason)
+            channel.abort(_reason(error), relayed=isinstance(error, PeerAborted))
         raise
     finally:
         ledger.seal()
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of an error, which is all that peers are told; of an abort its own kind, so that it gets around."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, PeerAborted):
+        return error.reason
+    return error.kind if isinstance(error, ColonnadeError) else "error"
 
 
 def allowed_classes(agreement: Agreement) -> frozenset[str]:

@@ -949,8 +949,8 @@ def test_an_error_knows_its_phase_and_the_innermost_one_counts() -> None:
 def test_exit_codes_are_the_documented_ones() -> None:
     codes = {error.kind: error.exit_code for error in (LocalError, Refused, PeerLost, ProtocolViolation)}
     assert codes == {"local": 2, "refused": 3, "lost": 4, "violation": 5}
-    aborted = {reason: PeerAborted("", peer="a", reason=reason).exit_code for reason in (*codes, "error", "aborted")}
-    assert aborted == {"local": 4, "refused": 3, "lost": 4, "violation": 5, "error": 4, "aborted": 4}
+    aborted = {reason: PeerAborted("", peer="a", reason=reason).exit_code for reason in (*codes, "error")}
+    assert aborted == {"local": 4, "refused": 3, "lost": 4, "violation": 5, "error": 4}
 
 
 # ---- a party's own file
@@ -1245,3 +1245,16 @@ def test_binary_ids_are_read_as_text_or_refused(tmp_path: Path) -> None:
     except LocalError:
         return
     assert found.ids == ["a", "b"]
+
+
+def test_a_refusal_that_is_heard_of_second_hand_is_told_as_such_with_its_own_exit_code() -> None:
+    def refuses(session: Session) -> None:
+        raise Refused("no")
+
+    def waits_for(name: str) -> Callable[[Session], None]:
+        return lambda session: session.channels[name].receive(Gate)  # type: ignore[return-value]
+
+    found = outcomes({"bank": refuses, "grocer": waits_for("bank"), "mill": waits_for("grocer")}, agree(3), parties(3))
+    assert [error.exit_code for error in found.values()] == [3, 3, 3]
+    assert "bank stopped (its policy or agreement refuses)" in str(found["grocer"])
+    assert "grocer stopped (because another party did: its policy or agreement refuses)" in str(found["mill"])

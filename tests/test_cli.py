@@ -398,6 +398,7 @@ def test_an_interrupted_party_tells_the_others_and_seals_its_ledger(tmp_path, nu
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
         )
         for name, path in paths.items()
     }

@@ -584,7 +584,11 @@ with Post(me, [Peer("bank", server, endpoint)], listen=None, patience=Patience(s
 def child(folder: Path, endpoint: str | None, role: str) -> Iterator[subprocess.Popen[bytes]]:
     GROCER.save(folder / "key")
     arguments = [str(folder / "key"), str(BANK.public), str(endpoint), role]
-    process = subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )
     try:
         yield process
     finally:

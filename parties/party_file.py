@@ -48,7 +48,6 @@ class PartyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     table: TableChoice
     policy: Policy = Policy()
     listen: str = ""
-    workers: Annotated[int, Meta(ge=1)] = 1
 
 
 class _Approval(msgspec.Struct, forbid_unknown_fields=True):

@@ -43,6 +43,10 @@ class Scales:
         slot = e.feature_bits + e.residual_bits + MEAN_BITS + max(rows, 1).bit_length() + 2
         return cls(e.feature_bits, e.residual_bits, slot)
 
+    def exact(self, x: Fixed) -> Vector:
+        """The X (n, d) that is weighed, as floats: embeddings come from it, so that a loss fits its gradient."""
+        return np.ldexp(x.astype(np.float64), -self.feature_bits)
+
     def features(self, x: Vector, names: Sequence[str]) -> Fixed:
         """X (n, d) in fixed point; |x| below 2^(42 - feature_bits), and sums that fit. LocalError names the columns."""
         bound = 2.0 ** (FEATURE_BOUND_BITS - self.feature_bits)

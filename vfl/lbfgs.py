@@ -196,9 +196,7 @@ def feature_holder(
         ProtocolViolation: the label holder sent what its step does not allow, or does not stop when it must.
     """
     channel = contribution.label_holder
-    exact = np.ldexp(
-        x.astype(np.float64), -scales.feature_bits
-    )  # the X that is weighed, so that F and its gradient fit
+    exact = scales.exact(x)
     history = _History(np.zeros(x.shape[1]))
     for exchange in range(limits.exchanges):
         gradient = weigh_gradient(session, public, x, scales, exchange)

@@ -78,7 +78,7 @@ def feature_holder(
         To the label holder, per batch: our part of the sum of partial embeddings; with one feature holder, ours itself:
         after d batches it can rebuild our columns up to a linear map.
     """
-    exact = np.ldexp(x.astype(np.float64), -scales.feature_bits)
+    exact = scales.exact(x)
     weights = np.zeros(x.shape[1])
     for exchange, rows in enumerate(plan):
         contribution.send_embedding(exact[rows] @ weights, exchange)

@@ -120,7 +120,7 @@ def feature_holder(
         ProtocolViolation: the label holder sent what its step does not allow, or does not stop when it must.
     """
     channel = contribution.label_holder
-    exact = np.ldexp(x.astype(np.float64), -scales.feature_bits)  # the X that is weighed: F and gradient fit
+    exact = scales.exact(x)
     directions, weights, first = np.empty((x.shape[1], 0)), np.zeros(x.shape[1]), 0.0
     for exchange in range(limits.exchanges):
         if exchange:

@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+IDS ?= 10000,100000,1000000
+OPENMINED := out/bench-openmined
 
 .PHONY: demo test bench clean
 
@@ -16,8 +18,18 @@ test: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(JOBS)
 
-bench: $(VENV)/installed-dev
-	$(BIN)/python benchmarks/exchange.py --json out/bench-exchange.json
+# Minutes on a quiet machine, most of them at a million ids a side; IDS=10000,100000 is enough for a look.
+bench: $(VENV)/installed-dev $(OPENMINED)/installed
+	@rm -f out/bench-exchange.json out/bench-psi.json
+	-$(BIN)/python benchmarks/exchange.py --json out/bench-exchange.json
+	-$(BIN)/python benchmarks/psi.py --ids $(IDS) --openmined-python $(OPENMINED)/bin/python --json out/bench-psi.json
+	$(BIN)/python benchmarks/report.py out/bench-exchange.json out/bench-psi.json
+
+# openmined-psi, which we measure against, pins what we do not.
+$(OPENMINED)/installed: benchmarks/requirements-openmined.txt | $(BIN)/python
+	$(BIN)/python -m venv $(OPENMINED)
+	$(OPENMINED)/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; try: make PYTHON=/path/to/python3 demo"; exit 1; }

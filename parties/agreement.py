@@ -23,6 +23,8 @@ from parties.identity import Identity, PublicIdentity, check_name
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
+FieldName = Annotated[str, Meta(min_length=1, max_length=64)]
+Result = Literal["size", "rows to the label holder", "rows"]  # in the order of how much they reveal
 
 
 class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,22 +52,43 @@ class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Identifiers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the ids are, and the rule that makes two spellings of one id equal."""
+    """What identifies a customer: named fields, each with the rule that makes two spellings of it equal, and the keys
+    that are made of them.
 
-    type: Annotated[str, Meta(min_length=1, max_length=64)] = "customer"
-    rule: str = "text/1"
-    duplicates: Literal["fail", "first", "last"] = "fail"
-    empty: Literal["fail", "drop"] = "fail"
+    `keys` are tried in order, each on the rows still unmatched (a cascade); without them all fields make one key.
+    """
+
+    fields: Annotated[dict[FieldName, FieldName], Meta(min_length=1, max_length=16)] = msgspec.field(
+        default_factory=lambda: {"customer": "text/1"}
+    )
+    keys: Annotated[tuple[Annotated[tuple[FieldName, ...], Meta(min_length=1)], ...], Meta(max_length=8)] = ()
+
+    def __post_init__(self) -> None:
+        used = [name for key in self.keys for name in key]
+        if unknown := sorted(set(used) - set(self.fields)):
+            raise ValueError(f"keys name the field {unknown[0]!r}, which is not among the fields")
+        if self.keys and set(used) != set(self.fields):
+            raise ValueError(f"no key uses the field {min(set(self.fields) - set(used))!r}")
+        if len({frozenset(key) for key in self.keys}) < len(self.keys) or any(len(set(k)) < len(k) for k in self.keys):
+            raise ValueError("a key, or a field within a key, comes twice")
+
+    @property
+    def cascade(self) -> tuple[tuple[str, ...], ...]:
+        """The keys in the order in which they are tried."""
+        return self.keys or (tuple(sorted(self.fields)),)
 
 
 class Intersection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Caps of the private set intersection. Below `minimum` common rows nobody learns the exact number but the hub."""
+    """Caps and result of the private set intersection. Below `minimum` common rows nobody learns the exact number but
+    the hub; a `bucket` above 1 pads every announced set size to a multiple of it."""
 
-    suite: Literal["curve25519_XMD:SHA-512_ELL2_RO_"] = "curve25519_XMD:SHA-512_ELL2_RO_"
+    suite: Literal["curve25519_XMD:SHA-512_ELL2_RO_", "P256_XMD:SHA-256_SSWU_RO_"] = "curve25519_XMD:SHA-512_ELL2_RO_"
+    result: Result = "rows"
     minimum: Annotated[int, Meta(ge=0)] = 100
     minimum_to_score: Annotated[int, Meta(ge=0)] = 1
-    maximum_rows: Count = 1_000_000
+    maximum_rows: Annotated[int, Meta(ge=1, le=1 << 31)] = 1_000_000
     decoys: Annotated[int, Meta(ge=64, le=65536)] = 64
+    bucket: Annotated[int, Meta(ge=1, le=1 << 24)] = 1
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -131,6 +154,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError("exactly one party is the label holder")
         if sum(not party.endpoint for party in self.parties) > 1:
             raise ValueError("two parties without an endpoint cannot reach each other; give one of them an endpoint")
+        if len(self.identifiers.cascade) > 1 and self.intersection.result != "rows":
+            raise ValueError('several keys need result = "rows": a step is over the rows that the last one left')
         if any(isinstance(x, float) and not math.isfinite(x) for x in flatten(self).values()):
             raise ValueError("a number is not finite")
 

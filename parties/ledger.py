@@ -1,7 +1,8 @@
 """What left this party: a hash-chained, signed record of every outbound message. JSON Lines, readable with `jq`.
 
-Every line but the first carries the SHA-256 of the line before it; the last one carries our signature over the chain,
-so a line that is changed, dropped or added later is seen by whoever holds our public key.
+Every line carries the SHA-256 of the line before it (the first one that of the format's name); the last one carries our
+signature over all else in it. Each line has one spelling only, so that any byte that is changed, dropped or added later
+is seen by whoever holds our public key.
 """
 
 from __future__ import annotations
@@ -31,19 +32,24 @@ class Ledger:
         self.entries = 0
         self.phase = "agree"
         self.bytes_sent: Counter[tuple[str, str, str]] = Counter()  # by peer, kind and phase
+        self.messages_sent: Counter[tuple[str, str, str]] = Counter()
         if path is not None:
             try:
                 self._file = path.open("wb")
             except OSError as error:
                 raise LocalError(f"cannot write the ledger {path}: {error.strerror}") from None
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, entry: dict[str, Any], *, signed: bool = False) -> None:
         entry = {
             "entry": self.entries,
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "phase": self.phase,
-        } | entry
-        line = json.dumps(entry | {"previous": self.head}, separators=(",", ":")).encode()
+            **entry,
+            "previous": self.head,
+        }
+        if signed:
+            entry["signature"] = self._owner.sign("ledger", _canonical(entry)).hex()
+        line = _canonical(entry)
         if self._file is not None:
             try:
                 self._file.write(line + b"\n")
@@ -72,36 +78,55 @@ class Ledger:
             }
         )
         self.bytes_sent[to, kind, self.phase] += size
+        self.messages_sent[to, kind, self.phase] += 1
 
     def seal(self) -> None:
         """Sign the chain and close the file."""
-        self.note("sealed", signature=self._owner.sign("ledger", bytes.fromhex(self.head)).hex())
+        self._append({"event": "sealed"}, signed=True)
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def check_ledger(path: Path, owner: PublicIdentity) -> dict[int, str]:
-    """Check chain and signature of a ledger file; the hash after each number of entries, from 1 on.
+    """Check chain, spelling and signature of a ledger file; the hash after each number of entries, from 1 on.
 
     Raises:
-        LocalError: the chain is broken, or the file is not signed by `owner`; says at which line.
+        LocalError: a byte is not as it was written, or the file is not signed by `owner`; says at which line.
     """
     head, heads = _START, {0: _START}
     sealed = False
-    for number, line in enumerate(read_bytes(path, "the ledger").splitlines()):
+    *lines, rest = read_bytes(path, "the ledger").split(b"\n")
+    for number, line in enumerate(lines):
         try:
             entry = json.loads(line)
-            if sealed or entry["entry"] != number or entry["previous"] != head:
+            if sealed or _canonical(entry) != line or entry["entry"] != number or entry["previous"] != head:
                 raise ValueError
             if entry.get("event") == "sealed":
-                sealed = owner.signed("ledger", bytes.fromhex(head), bytes.fromhex(entry["signature"]))
+                sealed = _is_sealed(entry, owner)
                 if not sealed:
                     raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise LocalError(f"{path}, line {number + 1}: the chain is broken here; the file was changed") from None
         head = hashlib.sha256(line).hexdigest()
         heads[number + 1] = head
+    if rest:
+        raise LocalError(
+            f"{path} ends within line {len(lines) + 1}: the file was changed, or writing it was interrupted"
+        )
     if not sealed:
         raise LocalError(f"{path} ends without a signature: the session did not finish, or lines were cut off")
     return heads
+
+
+def _is_sealed(entry: dict[str, Any], owner: PublicIdentity) -> bool:
+    """Whether the last field is the owner's signature, in lower-case hex, over all the others."""
+    *_, (name, text) = entry.items()
+    signature = bytes.fromhex(text)
+    statement = {key: value for key, value in entry.items() if key != "signature"}
+    return name == "signature" and signature.hex() == text and owner.signed("ledger", _canonical(statement), signature)
+
+
+def _canonical(entry: dict[str, Any]) -> bytes:
+    """The one spelling of a line. Raises ValueError for a number that JSON does not have."""
+    return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode()

@@ -153,6 +153,11 @@ def name_of(kind_number: int) -> str:
     return _REGISTRY[kind_number].__name__
 
 
+def class_of(name: str) -> str:
+    """The ledger's class of the messages of that name. Raises KeyError."""
+    return {known.__name__: known.ledger_class for known in _REGISTRY.values()}[name]
+
+
 def decode(header: Header, payload: bytes, expected: type[M]) -> M:
     """Build the `expected` message. Raises ValueError: another kind, a digest that differs, a value it refuses."""
     if _REGISTRY[header.kind] is not expected:

@@ -5,42 +5,81 @@ agreement. Paths are relative to the file.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta
 
-from parties.agreement import Agreement, parse_json, parse_toml
+from parties.agreement import Agreement, Result, parse_json, parse_toml
 from parties.errors import LocalError, Refused
-from parties.files import write_whole
-from parties.identity import Identity
+from parties.files import read_bytes, write_whole
+from parties.identity import Identity, PublicIdentity
+from parties.tables import Source
 
 Count = Annotated[int, Meta(ge=0)]
+_REVEALED = get_args(Result)
+
+
+class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one peer may have of us in a period of so many days; 0 is no limit.
+
+    `runs` is the most runs with a peer in it; `distinct_ids` the most distinct ids offered to a peer in it;
+    `smallest_difference` the least number of ids in which an input differs from an earlier one, unless equal.
+    """
+
+    days: Annotated[int, Meta(ge=1)] = 30
+    runs: Count = 0
+    distinct_ids: Count = 0
+    smallest_difference: Count = 0
 
 
 class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which columns of which file take part. `label` and `positive` at the label holder only."""
+    """Which columns of which table take part. `label` and `positive` at the label holder only.
+
+    `path` is a CSV or Parquet file, a folder of Parquet files, an SQLite file, or postgresql://user@host/database; the
+    last two with `sql_table`. `id` is our column of the agreement's one field, or a table of field = column.
+    """
 
     path: str
-    id: str
-    features: Annotated[tuple[str, ...], Meta(min_length=1)]
+    id: str | dict[str, str]
+    features: tuple[str, ...] = ()
     label: str = ""
     positive: str = ""
     separator: Annotated[str, Meta(min_length=1, max_length=1)] = ","
+    sql_table: str = ""
+    order_by: str = ""
+    empty: Literal["fail", "drop"] = "fail"
+    duplicates: Literal["fail", "first", "last", "aggregate"] = "fail"
+    aggregate: dict[str, Literal["sum", "mean", "max", "count"]] = {}
+
+    def __post_init__(self) -> None:
+        if (self.duplicates == "aggregate") != bool(self.aggregate):
+            raise ValueError('duplicates = "aggregate" goes with aggregate = {column = "sum"}: sum, mean, max or count')
+        if self.aggregate and set(self.aggregate) != set(self.features):
+            odd = min(set(self.aggregate) ^ set(self.features))
+            raise ValueError(f"aggregate must say sum, mean, max or count for every feature, and no other: see {odd!r}")
+        if self.sql_table and self.duplicates in ("first", "last") and not self.order_by:
+            raise ValueError(f"duplicates = {self.duplicates!r} needs order_by: a database gives its rows in any order")
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What we refuse although the agreement would allow it."""
+    """What we refuse although the agreement would allow it, and what we keep for our own auditors.
+
+    `escrow` is the public key file of our compliance team (NAME.pub): the keys of every intersection are sealed to it.
+    """
 
     minimum_intersection: Count = 0
     minimum_to_score: Count = 0
     minimum_key_bits: Count = 0
     maximum_exchanges: Annotated[int, Meta(ge=1)] = 1_000_000
     forbid: tuple[Literal["plaintext", "aggregate", "masked", "ciphertext"], ...] = ()
+    most_revealed: Result = "rows"
+    escrow: str = ""
+    budget: Budget | None = None
 
 
 class PartyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `colonnade init` writes as NAME.toml."""
+    """What `colonnade init` writes as NAME.toml. `workers`: 0 for one process a core, or "dask://host:port"."""
 
     agreement: str
     key: str
@@ -48,6 +87,7 @@ class PartyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     table: TableChoice
     policy: Policy = Policy()
     listen: str = ""
+    workers: Annotated[int, Meta(ge=0, le=1024)] | Annotated[str, Meta(pattern="^dask://.+")] = 0
 
 
 class _Approval(msgspec.Struct, forbid_unknown_fields=True):
@@ -73,8 +113,9 @@ class Party:
                 f"fingerprint {self.identity.public.fingerprint}"
             )
         self.is_label_holder = self.agreement.party(self.name).role == "label holder"
-        if self.is_label_holder != bool(self.file.table.label):
+        if self.file.table.label and not self.is_label_holder:
             raise LocalError(f"{path}: the label holder, and nobody else, names a label in [table]")
+        self.id_columns = self._id_columns()
         self._check_policy()
 
     def _check_policy(self) -> None:
@@ -84,12 +125,39 @@ class Party:
         if agreement.model.max_exchanges > policy.maximum_exchanges:
             raise Refused(f"our policy allows {policy.maximum_exchanges} exchanges; the agreement allows more")
 
+        if _REVEALED.index(policy.most_revealed) < _REVEALED.index(agreement.intersection.result):
+            agreed = agreement.intersection.result
+            raise Refused(f"our policy reveals {policy.most_revealed!r} at most; the agreement says {agreed!r}")
+
+    def _id_columns(self) -> dict[str, str]:
+        """Our column of every field of the agreement."""
+        fields, chosen = sorted(self.agreement.identifiers.fields), self.file.table.id
+        columns = dict.fromkeys(fields[:1], chosen) if isinstance(chosen, str) else chosen
+        if sorted(columns) != fields:
+            form = ", ".join(f'{field!r} = "our column"' for field in fields)
+            raise LocalError(f"{self.path}: [table] must name our column of each field: id = {{ {form} }}")
+        return {field: columns[field] for field in self.agreement.identifiers.fields}
+
     def _at(self, name: str) -> Path:
         return self.path.parent / Path(name).expanduser()
 
     @property
-    def table_path(self) -> Path:
-        return self._at(self.file.table.path)
+    def source(self) -> Source:
+        """Where our table is."""
+        choice = self.file.table
+        place: str | Path = choice.path if "://" in choice.path else self._at(choice.path)
+        return Source(place, choice.separator, choice.sql_table, choice.order_by)
+
+    @property
+    def escrow(self) -> PublicIdentity | None:
+        """The compliance team's public key, if our policy names one. Raises LocalError when it cannot be read."""
+        if not self.file.policy.escrow:
+            return None
+        path = self._at(self.file.policy.escrow)
+        try:
+            return PublicIdentity.parse(read_bytes(path, "the compliance key").decode().strip())
+        except ValueError:
+            raise LocalError(f"{path} is not a public key as 'colonnade keygen' writes it into NAME.pub") from None
 
     @property
     def output(self) -> Path:

@@ -17,9 +17,11 @@ import numpy as np
 from parties.agreement import Agreement, differences
 from parties.channel import Channel, Link, M
 from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused
+from parties.files import Scratch
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.message import PAYLOAD_LIMIT, Array, Message, kind
+from parties.workers import Workers
 from parties.zeromq import Patience, Peer, Post
 
 _LOG = logging.getLogger("colonnade")
@@ -70,7 +72,8 @@ class Closing(Message):
 class Session:
     """An open session: who we are, the agreement, one channel per peer, what left us so far.
 
-    `channels` stand in the order of the agreement's ring (label holder first), without ourselves.
+    `channels` stand in the order of the agreement's ring (label holder first), without ourselves. `workers` and
+    `scratch` are this party's own cores and disk.
     """
 
     me: Identity
@@ -83,6 +86,8 @@ class Session:
     tick: Callable[[], None] = lambda: None
     progress: Progress = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
+    workers: Workers = field(default_factory=Workers)
+    scratch: Scratch = field(default_factory=Scratch)
 
     @property
     def name(self) -> str:

@@ -1,92 +1,251 @@
-"""Read the declared columns of a CSV or Parquet table; nothing else is ever loaded.
+"""Read the declared columns of a table, in chunks; nothing else is ever loaded, and never all rows as Python objects.
 
-Every complaint names file, column and count, never a value.
+A table is a CSV file, a Parquet file, a folder of Parquet files, an SQLite file or a PostgreSQL table or view. Every
+complaint names the place, the column and the count, never a value.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from parties import databases
+from parties.columns import NUMBERS, Faults, as_text, check_header, check_label, check_text, filled, kind
 from parties.errors import LocalError
+from parties.files import Scratch
 
-_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]
+BLOCK = 2 << 20  # bytes of CSV per chunk, hence the longest row; Arrow reads up to 32 of them ahead
+ROWS = 1 << 16  # rows of Parquet per chunk
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a party's table is, as the party's file says.
+
+    path: a CSV, Parquet or SQLite file (.sqlite, .sqlite3, .db), a folder of .parquet files (read in the order of their
+        names), or "postgresql://user@host:port/database". No password: the driver reads PGPASSWORD or ~/.pgpass.
+    sql_table: databases: the table or view, "schema.table" allowed.
+    order_by: databases: the column that fixes the row order; without one the order is the database's own.
+
+    Raises:
+        LocalError: the address holds a password, or a database comes without sql_table, or a file with one.
+    """
+
+    path: str | Path
+    separator: str = ","
+    sql_table: str = ""
+    order_by: str = ""
+
+    def __post_init__(self) -> None:
+        if "://" in str(self.path):
+            _check_address(str(self.path))
+        if self.kind in ("postgresql", "sqlite") and not self.sql_table:
+            raise LocalError(f"{self.name} is a database; set sql_table to the table or view in [table]")
+        if self.kind in ("csv", "parquet") and (self.sql_table or self.order_by):
+            raise LocalError(f"{self.name} is no database; leave sql_table and order_by out of [table]")
+
+    @property
+    def kind(self) -> str:
+        """One of csv, parquet, sqlite, postgresql."""
+        text = str(self.path)
+        if text.startswith(("postgresql://", "postgres://")):
+            return "postgresql"
+        suffix = Path(text).suffix.lower()
+        if suffix in (".parquet", ".pq") or Path(text).is_dir():
+            return "parquet"
+        return "sqlite" if suffix in (".sqlite", ".sqlite3", ".db") else "csv"
+
+    @property
+    def name(self) -> str:
+        """Short, for reports and error texts: the file's name, or table and database; never a user or a password."""
+        if self.kind != "postgresql":
+            return Path(self.path).name + (f", table {self.sql_table!r}" if self.sql_table else "")
+        url = urlsplit(str(self.path))
+        return f"postgresql://{url.netloc.rpartition('@')[2]}{url.path}, table {self.sql_table!r}"
+
+    def __str__(self) -> str:
+        return self.name if self.kind in ("sqlite", "postgresql") else str(self.path)
+
+
+def _check_address(address: str) -> None:
+    """A password may itself hold "/", "?" or "@": what stands before the last "@" is never taken for anything else."""
+    scheme, _, rest = address.partition("://")
+    if ":" in rest.rpartition("@")[0] or "password" in rest.rpartition("?")[2]:
+        raise LocalError(
+            "the table's address holds a password; take it out and set PGPASSWORD, or write a line in ~/.pgpass"
+        )
+    if scheme not in ("postgresql", "postgres"):
+        raise LocalError("the table's address is not postgresql://user@host:port/database; no other server is read")
+    try:
+        urlsplit(address)
+    except ValueError:
+        raise LocalError("the table's address is not postgresql://user@host:port/database; correct it") from None
 
 
 @dataclass(frozen=True)
 class Table:
-    """`ids` as text, as written; `features` float64, finite; `label` 0.0 or 1.0, or None. One row order for all."""
+    """The declared columns in one row order, nothing of which is shown.
+
+    ids: column -> text exactly as written, "" where empty. features: column -> float64, finite, shape (rows,).
+    label: 0.0 or 1.0, shape (rows,), or None.
+    """
 
     source: str
-    ids: list[str] = field(repr=False)
-    features: pd.DataFrame = field(repr=False)
-    label: np.ndarray | None = field(repr=False)
+    ids: dict[str, pa.ChunkedArray] = field(repr=False)
+    features: dict[str, NDArray[np.float64]] = field(repr=False)
+    label: NDArray[np.float64] | None = field(repr=False)
+    rows: int
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.rows
 
 
 def read_table(
-    path: Path,
-    id_column: str,
-    features: Sequence[str],
+    source: Source,
+    ids: Sequence[str],
+    features: Sequence[str] = (),
     label: str = "",
     positive: str = "",
-    separator: str = ",",
+    *,
+    scratch: Scratch | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Table:
     """Read ids, features and (label holder only) the label; `positive` is the label's value that counts as 1.
 
+    What is large goes to `scratch`; `progress` hears how many rows have been read so far.
+
     Raises:
-        LocalError: the file is missing, empty, not UTF-8; a column is missing, not numeric, has gaps or infinities, or
-            is an id column of floats; the label is not two-valued.
+        LocalError: the table is missing, empty, unreadable, not UTF-8 or changed meanwhile; a column is missing, not
+            numeric, has gaps or infinities, or is an id column of floats; the label is not two-valued; the disk is
+            full.
     """
-    columns = [id_column, *features, *([label] if label else [])]
+    columns = [*ids, *features, *([label] if label else [])]
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
-        raise LocalError(f"column {twice[0]!r} is declared more than once; id, features and label must differ")
+        raise LocalError(f"column {twice[0]!r} is declared more than once; ids, features and label must differ")
+    place, scratch, faults = str(source), scratch or Scratch(), Faults(features)
+    texts = [*ids, *([label] if label else [])]
+    schema = pa.schema([(name, pa.float64() if name in features else pa.string()) for name in columns])
+
+    def converted() -> Iterator[pa.RecordBatch]:
+        done = 0
+        for batch in _batches(source, columns, features, label):
+            for name in texts:
+                check_text(place, name, batch.schema.field(name).type, "labels" if name == label else "ids")
+            arrays = [
+                faults.numbers(name, batch.column(name)) if name in features else as_text(batch.column(name))
+                for name in columns
+            ]
+            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+            done += len(batch)
+            if progress:
+                progress(done)
+
+    with _unchanged(source):
+        table = scratch.table(converted(), schema)
+    pa.default_memory_pool().release_unused()
+    if not table.num_rows:
+        raise LocalError(f"{place} has no rows")
+    faults.check(place)
+    truth = None
+    if label:
+        one = check_label(place, label, table.column(label), positive)
+        truth = filled(scratch.array(table.num_rows, np.float64), pc.equal(table.column(label), one))
+    numbers = {}
+    for name in features:  # each column leaves the table when it is an array, so that memory holds one twice, not all
+        numbers[name] = filled(scratch.array(table.num_rows, np.float64), table.column(name))
+        scratch.release(numbers[name])
+        scratch.release(table.column(name))
+        table = table.drop_columns([name])
+        pa.default_memory_pool().release_unused()
+    return Table(source.name, {name: table.column(name) for name in ids}, numbers, truth, table.num_rows)
+
+
+def header(source: Source) -> list[str]:
+    """The names of all columns. Raises LocalError when the table cannot be opened."""
+    if source.kind in ("sqlite", "postgresql"):
+        return databases.header(source)
+    if source.kind == "parquet":
+        return list(_parquet_schema(_files(source)[0]).names)
+    return _csv_header(_files(source)[0], source)
+
+
+def _batches(source: Source, columns: list[str], features: Sequence[str], label: str) -> Iterator[pa.RecordBatch]:
+    if source.kind in ("sqlite", "postgresql"):
+        return databases.batches(source, columns, features, label)
+    return (_parquet if source.kind == "parquet" else _csv)(source, columns, features)
+
+
+def _files(source: Source) -> list[Path]:
+    path = Path(source.path)
     if not path.exists():
         raise LocalError(f"{path} does not exist; correct the path of the table")
-    if path.suffix.lower() in (".parquet", ".pq"):
-        frame = _read_parquet(path, columns)
-    else:
-        frame = _read_csv(path, columns, separator)
-    if not len(frame):
-        raise LocalError(f"{path} has no rows")
-    return Table(
-        source=path.name,
-        ids=_text(path, frame, id_column).tolist(),
-        features=_numbers(path, frame, features),
-        label=_label(path, _text(path, frame, label, label=True), label, positive) if label else None,
-    )
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.glob("*.parquet") if file.is_file() and not file.name.startswith("."))
+    if not files:
+        raise LocalError(f"cannot read {path}: the folder has no .parquet files")
+    return files
 
 
-def _read_csv(path: Path, columns: list[str], separator: str) -> pa.Table:
-    """Every declared column as text: an id may well be "NA" or "007"."""
+@contextmanager
+def _unchanged(source: Source) -> Iterator[None]:
+    """The files' bytes are the same before and after. A database is read in one transaction instead."""
+    if source.kind in ("sqlite", "postgresql"):
+        yield
+        return
+    before = _digest(source)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = next((row for row in csv.reader(file, delimiter=separator) if row), [])
-        _check_header(path, header, columns)
-        return pa_csv.read_csv(
-            path,
-            parse_options=pa_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-            convert_options=pa_csv.ConvertOptions(
-                include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
-            ),
-        )
+        yield
+    except LocalError:  # what looked wrong may be half of a new version
+        _check_digest(source, before)
+        raise
+    _check_digest(source, before)
+
+
+def _check_digest(source: Source, before: list[tuple[str, str]]) -> None:
+    if _digest(source) != before:
+        raise LocalError(f"{source} changed while it was read; run again")
+
+
+def _digest(source: Source) -> list[tuple[str, str]]:
+    digests = []
+    for path in _files(source):
+        try:
+            with path.open("rb") as file:
+                digests.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError as error:
+            raise LocalError(f"cannot read {path}: {error.strerror}") from None
+    return digests
+
+
+@contextmanager
+def _readable_csv(path: Path, separator: str) -> Iterator[None]:
+    try:
+        yield
     except UnicodeDecodeError:
         raise LocalError(f"{path} is not UTF-8 text; save it as UTF-8") from None
-    except (pa.ArrowInvalid, csv.Error) as error:
+    except (pa.ArrowInvalid, csv.Error) as error:  # its text shows the row
         if "UTF8" in str(error):
             raise LocalError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+        if "Empty CSV" in str(error):
+            raise LocalError(f"{path} has no rows") from None
+        if "straddling" in str(error):
+            raise LocalError(
+                f"{path} has a row of more than {BLOCK >> 20} MiB or a quote that never closes; check quotes and lines"
+            ) from None
         raise LocalError(
             f"{path} is not a table of rows as long as its header, separated by {separator!r}; check quotes and lines"
         ) from None
@@ -94,84 +253,60 @@ def _read_csv(path: Path, columns: list[str], separator: str) -> pa.Table:
         raise LocalError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
+def _csv_header(path: Path, source: Source) -> list[str]:
+    with _readable_csv(path, source.separator), path.open(encoding="utf-8-sig", newline="") as file:
+        return next((row for row in csv.reader(file, delimiter=source.separator) if row), [])
+
+
+def _csv(source: Source, columns: list[str], _features: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Every declared column as text: an id may well be "NA" or "007"."""
+    path = _files(source)[0]
+    check_header(str(source), _csv_header(path, source), columns)
+    with _readable_csv(path, source.separator):
+        yield from pa_csv.open_csv(
+            path,
+            read_options=pa_csv.ReadOptions(block_size=BLOCK),
+            parse_options=pa_csv.ParseOptions(delimiter=source.separator, newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False
+            ),
+        )
+
+
+@contextmanager
+def _readable_parquet(path: Path) -> Iterator[None]:
     try:
-        _check_header(path, pq.read_schema(path).names, columns)
-        return pq.read_table(path, columns=columns)
+        yield
     except (pa.ArrowException, OSError):
         raise LocalError(f"{path} is not a readable Parquet file") from None
 
 
-def _check_header(path: Path, header: list[str], columns: list[str]) -> None:
-    if not header:
-        raise LocalError(f"{path} is empty")
-    unnamed = sum(not name.strip() for name in header)
-    if unnamed:
-        raise LocalError(f"{path} has {unnamed} columns without a name; name them or leave them out")
-    missing = [name for name in columns if name not in header]
-    other = next((mark for mark in ";\t|," if len(header) == 1 and mark in header[0]), "")
-    if missing and other:
-        raise LocalError(f"{path}: the header is one field with {other!r} in it; set separator = {other!r} in [table]")
-    if missing:
-        raise LocalError(f"{path} lacks the columns {', '.join(map(repr, missing))}; it has {len(header)} others")
-    double = [name for name in columns if header.count(name) > 1]
-    if double:
-        raise LocalError(f"{path} has {header.count(double[0])} columns named {double[0]!r}; rename all but one")
+def _parquet_schema(path: Path) -> pa.Schema:
+    with _readable_parquet(path):
+        return pq.read_schema(path)
 
 
-def _text(path: Path, frame: pa.Table, name: str, *, label: bool = False) -> pd.Series:
-    """An id or label column as text, "" where it is empty; whole numbers as they are."""
-    column = frame.column(name).combine_chunks()
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_boolean(column.type):
-        column = pc.if_else(column, "True", "False")
-    if label and pa.types.is_floating(column.type):  # 0.0 and 1.0 are what many tools make of 0 and 1
-        column = pc.if_else(pc.is_finite(column), column, None)
-        whole = pc.all(pc.equal(pc.round(column), column)).as_py()
-        column = column.cast(pa.int64()) if whole else column
-    elif pa.types.is_floating(column.type):
-        raise LocalError(f"{path}, column {name!r}: ids are stored as floats; store them as text")
-    elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) or pa.types.is_nested(column.type):
-        raise LocalError(f"{path}, column {name!r}: {len(column)} values are stored as {column.type}; store text")
-    return pd.Series(pc.fill_null(column.cast(pa.string()), "").to_pylist(), dtype=object)
+def _parquet(source: Source, columns: list[str], features: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The files of a folder one after the other, checked first to store each column in the same way."""
+    files = _files(source)
+    schemas = [_parquet_schema(file) for file in files]
+    for file, schema in zip(files, schemas, strict=True):
+        check_header(str(file), schema.names, columns)
+    for name in columns:
+        stored = [(file.name, schema.field(name).type) for file, schema in zip(files, schemas, strict=True)]
+        known = [one for one in stored if kind(one[1]) != "nothing"]
+        words = [_word(stored, name in features) for _, stored in known]
+        other = next((one for one, word in zip(known, words, strict=True) if word != words[0]), None)
+        if other:
+            raise LocalError(
+                f"{source}, column {name!r}: stored as {known[0][1]} in {known[0][0]} and as {other[1]} in {other[0]}; "
+                "store it in one way"
+            )
+    for file in files:
+        with _readable_parquet(file), pq.ParquetFile(file, buffer_size=1 << 20) as opened:
+            for batch in opened.iter_batches(ROWS, columns=columns):
+                yield batch.select(columns)
 
 
-def _numbers(path: Path, frame: pa.Table, features: Sequence[str]) -> pd.DataFrame:
-    out, faults = {}, []
-    for name in features:
-        arrow = frame.column(name)
-        column = arrow.to_pandas()
-        if pa.types.is_string(arrow.type) or pa.types.is_large_string(arrow.type):
-            column = column.astype(object).map(lambda text: np.nan if text is None or text in _MISSING else text)
-        values = pd.to_numeric(column, errors="coerce").to_numpy(np.float64, na_value=np.nan)
-        if pa.types.is_temporal(arrow.type):  # pandas would count microseconds
-            values = np.full(len(column), np.nan)
-        missing = int(column.isna().sum())
-        strange = int(np.isnan(values).sum()) - missing
-        infinite = int(np.isinf(values).sum())
-        for count, what in ((missing, "missing"), (strange, "not numbers"), (infinite, "infinite")):
-            if count:
-                faults.append(f"{name!r} {count} {what}")
-        out[name] = values
-    if faults:
-        raise LocalError(f"{path}: features with unusable values: {'; '.join(faults)}; fill, encode or drop them")
-    return pd.DataFrame(out)
-
-
-def _label(path: Path, column: pd.Series, name: str, positive: str) -> np.ndarray:
-    empty = int((column.str.strip() == "").sum())
-    if empty:
-        raise LocalError(f"{path}, column {name!r}: {empty} labels are missing; drop these rows")
-    values = sorted(column.unique())
-    if len(values) != 2:
-        what = "constant" if len(values) == 1 else f"one of {len(values)} values"
-        raise LocalError(f"{path}, column {name!r}: the label is {what}; it must have exactly two values")
-    if not positive:
-        numbers = pd.to_numeric(pd.Series(values), errors="coerce")
-        if sorted(numbers) != [0.0, 1.0]:
-            raise LocalError(f"{path}, column {name!r}: the label is not 0 and 1; say which value is positive")
-        return pd.to_numeric(column).to_numpy(np.float64)
-    if positive not in values:
-        raise LocalError(f"{path}, column {name!r}: no label equals the value declared as positive")
-    return (column == positive).to_numpy(np.float64)
+def _word(stored: pa.DataType, feature: bool) -> str:
+    return "number" if feature and kind(stored) in NUMBERS else kind(stored)

@@ -1,25 +1,68 @@
-"""The party's own parallel map: the one place where work is spread over cores."""
+"""The party's own parallel map: the one place where work is spread over cores, or over a cluster of the party's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed, parallel_config
+
+from parties.errors import LocalError
 
 T = TypeVar("T")
 R = TypeVar("R")
+DASK = "dask://"
+CONNECT = 20.0  # seconds for a Dask scheduler to answer
 
 
-def spread(work: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
-    """`map(work, items)` in order over `workers` processes of this machine; lazily, in this process, for one worker.
+class Workers:
+    """A lazy, ordered `map` over processes of this machine, or over the workers of a Dask cluster.
 
-    `work` must be a module-level function (or a `functools.partial` of one). Items travel to the worker processes over
-    local pipes, never over a network, and never through files (joblib would map large arrays to disk).
+    Args:
+        setting: how many processes (0: one a core; 1: none, all work is done in this process), or "dask://host:port"
+            (also "dask://tls://host:port") of a scheduler. What is mapped holds keys and ids: a cluster must be as
+            trusted as this machine, and its connections travel unencrypted unless they are tls.
+    Raises:
+        LocalError: no such cluster, or the extra `colonnade[dask]` is not installed.
     """
-    if workers <= 1:
-        return map(work, items)
-    results: Iterator[R] = Parallel(n_jobs=workers, return_as="generator", pre_dispatch="2*n_jobs", max_nbytes=None)(
-        delayed(work)(item) for item in items
-    )
-    return results
+
+    def __init__(self, setting: int | str = 1) -> None:
+        self._client: Any = None
+        if isinstance(setting, str):
+            self._client = _connect(setting.removeprefix(DASK))
+            self.count = max(1, sum(self._client.ncores().values()))
+        else:
+            self.count = setting or cpu_count()
+
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """`map(work, items)` in order. With several workers it starts at once and keeps two items a worker in flight;
+        several maps may run at the same time. With one it is Python's own `map`.
+
+        `work` must be a module-level function (or a `functools.partial` of one). To processes of this machine items
+        travel over local pipes, never through files (joblib would map large arrays to disk).
+        """
+        if self.count == 1 and self._client is None:
+            return map(work, items)
+        backend = {"backend": "loky"} if self._client is None else {"backend": "dask", "client": self._client}
+        with parallel_config(**backend):
+            parallel = Parallel(
+                n_jobs=self.count, return_as="generator", pre_dispatch="2*n_jobs", batch_size=1, max_nbytes=None
+            )
+            results: Iterator[R] = parallel(delayed(work)(item) for item in items)
+        return results
+
+    def close(self) -> None:
+        """Leave the cluster, if any; processes of this machine end by themselves."""
+        if self._client is not None:
+            self._client.close()
+
+
+def _connect(address: str) -> Any:
+    try:
+        from distributed import Client  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise LocalError("workers on a Dask cluster need: pip install 'colonnade[dask]'") from None
+    try:
+        return Client(address, timeout=CONNECT, set_as_default=False)  # type: ignore[no-untyped-call, unused-ignore]
+    except (OSError, ValueError):
+        raise LocalError(f"no Dask scheduler answers at {address}; start it, or set workers = 0") from None

@@ -1,116 +1,225 @@
-"""Canonical ids: named, versioned rules, so that both sides of a join write the same customer the same way.
+"""From the id columns of a table to the keys that take part: canonical, each once, as Arrow columns.
 
-A rule never changes once it is released; a better one gets the next number. No error text ever holds an id.
+What a key looks like to the others is decided in `encode`. No error text ever holds an id.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from parties import agreement
 from parties.errors import LocalError
+from psi.rules import rule
 
+CHUNK = 65536  # rows that are Python objects at one time
 # What software writes for a large number, 1.23E+10 or 1.23E10; an id such as 1234E5 has neither point nor plus.
-ROUNDED = re.compile(r"\d+(\.\d+[eE]\+?|[eE]\+)\d+")
-FLOAT = re.compile(r"\d+\.0")
-SURROGATE = re.compile("[\ud800-\udfff]")
+ROUNDED = r"^\s*\d+(\.\d+[eE]\+?|[eE]\+)\d+\s*$"
+FLOAT = r"^\s*\d+\.0\s*$"
+COUNTS = ("read", "empty", "invalid", "duplicate", "kept")
 
 
-def _text(value: str) -> str | None:
-    """text/1: NFKC, case folded, NFKC again (folding can undo it), white space trimmed and collapsed to one space."""
-    if SURROGATE.search(value):  # half a character: it has no UTF-8
-        return None
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", value).casefold())
-    return " ".join(folded.split()) or None
+@dataclass(frozen=True, eq=False)
+class Key:
+    """One key of a cascade. `values[row]` is what identifies a row of the table under it, None where it has none;
+    `prints` (rows, 2) uint64 are keyed hashes of these values, by which equal ones are found."""
 
+    name: str
+    type: bytes
+    values: pa.ChunkedArray = field(repr=False)
+    prints: NDArray[np.uint64] = field(repr=False)
 
-def _email(value: str) -> str | None:
-    """email/1: text/1 with one "@" between two parts and no white space. Dots and "+tags" stay: providers differ."""
-    text = _text(value)
-    return text if text and re.fullmatch(r"[^@\s]+@[^@\s]+", text) else None
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """Which rows of the table have this key."""
+        present: NDArray[np.bool_] = self.values.is_valid().to_numpy()
+        return present
 
-
-RULES: dict[str, Callable[[str], str | None]] = {"text/1": _text, "email/1": _email}
+    def take(self, rows: NDArray[np.int64]) -> list[bytes]:
+        """The values of some rows."""
+        taken: list[bytes] = self.values.take(pa.array(rows)).to_pylist()
+        return taken
 
 
 @dataclass(frozen=True, eq=False)
 class Identifiers:
-    """The ids that take part, in the table's order.
+    """The rows that take part, in the table's order, and their keys.
 
-    `values[i]` is the canonical id of row `rows[i]` of what was read; `counts` holds read, empty, invalid, duplicate
-    (rows set aside) and kept: read is the sum of the others.
+    `rows[i]` is the row of the table (from 0) that stands for the i-th; `groups[row]` is the i of which a row of the
+    table is a repetition or itself, -1 where it takes no part. `counts` holds rows: read, empty, invalid, duplicate
+    (set aside) and kept; read is the sum of the others.
     """
 
-    values: list[str] = field(repr=False)
+    keys: tuple[Key, ...]
     rows: NDArray[np.int64] = field(repr=False)
+    groups: NDArray[np.int64] = field(repr=False)
     counts: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def leaf_values(self, entries: NDArray[np.int64]) -> list[bytes]:
+        """What a commitment to some entries covers: all their keys, in a form that no two inputs share."""
+        columns = [key.take(self.rows[entries]) for key in self.keys]
+        return [b"".join(b"\0" if value is None else b"\1" + _prefixed(value) for value in row)
+                for row in zip(*columns, strict=True)]  # fmt: skip
 
 
 def canonical(
-    values: Sequence[str | None],
-    rule: str,
+    columns: Mapping[str, pa.ChunkedArray | Sequence[str | None]],
+    agreed: agreement.Identifiers,
     *,
     duplicates: str = "fail",
     empty: str = "fail",
-    column: str = "id",
+    names: Mapping[str, str] | None = None,
     source: str = "table",
 ) -> Identifiers:
-    """The canonical ids of a column under a rule, each once.
+    """The canonical keys of a table's id columns, given by the agreement's field names, each key once.
 
-    `duplicates` is fail, first or last (which row of an id stays); `empty` is fail or drop, for empty and invalid ids.
+    `duplicates` is fail, first, last or aggregate (which row stands for several with an equal first key: the first,
+    but for "last"); `empty` is fail or drop, for empty and invalid ids. `names` are our columns, for error texts.
 
     Raises:
-        LocalError: an unknown rule or policy; a column that a spreadsheet or a float type has spoilt; what the
-            policies do not allow. Names source, column and count.
+        LocalError: an unknown rule; a column that a spreadsheet or a float type has spoilt; what the policies do not
+            allow. Names source, column and count.
     """
+    arrays = {name: _as_text(column) for name, column in columns.items()}
+    where = {name: f"{source}, column {(names or {}).get(name, name)!r}" for name in agreed.fields}
+    for name, column in arrays.items():
+        _refuse_spoilt(column, where[name])
+    try:
+        rules = {name: rule(known) for name, known in agreed.fields.items()}
+    except ValueError as error:
+        raise LocalError(f"the agreement, identifiers: {error}") from None
 
-    def fail(text: str) -> LocalError:
-        return LocalError(f"{source}, column {column!r}: {text}")
-
-    for what, name, known in (
-        ("rule", rule, list(RULES)),
-        ("duplicates policy", duplicates, ["fail", "first", "last"]),
-        ("empty policy", empty, ["fail", "drop"]),
-    ):
-        if name not in known:
-            raise fail(f"unknown {what} {name!r}; known: {', '.join(known)}")
-    present = [value for value in values if value is not None]
-    if other := sum(not isinstance(value, str) for value in present):
-        raise fail(f"{other} ids were read as numbers; read the column as text")
-    present = [text for value in present if (text := value.strip())]
-    if rounded := sum(ROUNDED.fullmatch(text) is not None for text in present):
-        raise fail(f"{rounded} ids look like 1.23E+10: a spreadsheet has rounded them; export the column as text")
-    if present and all(map(FLOAT.fullmatch, present)):
-        raise fail(f"all {len(present)} ids end in .0: they were read as floats; export the column as text")
-
-    found = [None if value is None else RULES[rule](value) for value in values]
-    blank, lost = len(values) - len(present), found.count(None)
-    if lost and empty == "fail":
-        raise fail(
-            f'{blank} empty and {lost - blank} invalid ids under {rule}; correct them, or agree on empty = "drop"'
+    total = len(next(iter(arrays.values())))
+    secret = os.urandom(32)
+    pieces: list[list[pa.Array]] = [[] for _ in agreed.cascade]
+    prints = [np.zeros((total, 2), np.uint64) for _ in agreed.cascade]
+    refused, dropped = dict.fromkeys(agreed.fields, 0), {"empty": 0, "invalid": 0}
+    for start in range(0, total, CHUNK):
+        fields: dict[str, list[bytes | None]] = {}
+        spoilt: set[int] = set()
+        for name, column in arrays.items():
+            written = column.slice(start, CHUNK).to_pylist()
+            found = [None if value is None else rules[name](value) for value in written]
+            bad = [i for i, one in enumerate(found) if one is None and written[i] and not written[i].isspace()]
+            refused[name] += len(bad)
+            spoilt.update(bad)
+            fields[name] = [None if one is None else _prefixed(one.encode()) for one in found]
+        lacking = np.ones(min(CHUNK, total - start), np.bool_)
+        for number, key in enumerate(agreed.cascade):
+            values = _joined([fields[name] for name in key])
+            pieces[number].append(pa.array(values, pa.binary()))
+            prints[number][start : start + CHUNK] = _prints(values, secret)
+            lacking &= np.array([value is None for value in values])
+        invalid = sum(bool(lacking[i]) for i in spoilt)
+        dropped["invalid"] += invalid
+        dropped["empty"] += int(lacking.sum()) - invalid
+    if empty == "fail" and (dropped["empty"] or any(refused.values())):
+        told = ", ".join(f"{count} {(names or {}).get(name, name)!r} not under {agreed.fields[name]}"
+                         for name, count in refused.items() if count)  # fmt: skip
+        ours = ", ".join(repr((names or {}).get(name, name)) for name in agreed.fields)
+        raise LocalError(
+            f"{source}, column {ours}: {dropped['empty']} empty and {sum(refused.values())} invalid ids"
+            f'{f" ({told})" if told else ""}; correct them, or set empty = "drop" in [table]'
         )
-    pairs = [(text, row) for row, text in enumerate(found) if text is not None]
-    chosen: dict[str, int] = {}
-    for text, row in reversed(pairs) if duplicates == "last" else pairs:
-        chosen.setdefault(text, row)
-    again = len(pairs) - len(chosen)
+    keys = tuple(
+        Key(" + ".join(key), _type(key, agreed), pa.chunked_array(values, pa.binary()), marks)
+        for key, values, marks in zip(agreed.cascade, pieces, prints, strict=True)
+    )
+    rows, groups = _each_once(keys, total, last=duplicates == "last")
+    again = total - sum(dropped.values()) - len(rows)
     if again and duplicates == "fail":
-        raise fail(f'{again} duplicate ids under {rule}; remove them, or agree on duplicates = "first" or "last"')
-    kept = sorted(chosen.items(), key=itemgetter(1))
-    counts = {"read": len(values), "empty": blank, "invalid": lost - blank, "duplicate": again, "kept": len(kept)}
-    return Identifiers([text for text, _ in kept], np.array([row for _, row in kept], dtype=np.int64), counts)
+        raise LocalError(
+            f"{source}, column {', '.join(repr((names or {}).get(name, name)) for name in agreed.cascade[0])}: {again} "
+            'duplicate ids; remove them, or set duplicates = "first", "last" or "aggregate" in [table]'
+        )
+    counts = dict(zip(COUNTS, (total, dropped["empty"], dropped["invalid"], again, len(rows)), strict=True))
+    return Identifiers(keys, rows, groups, counts)
 
 
-def encode(session: bytes, id_type: str, value: str) -> bytes:
-    """What is hashed to the curve: len||session||len||id type||len||id, lengths in 4 bytes, so that no two collide.
+def _as_text(column: pa.ChunkedArray | Sequence[str | None]) -> pa.ChunkedArray:
+    if isinstance(column, pa.ChunkedArray):
+        return column
+    try:
+        return pa.chunked_array([pa.array(column, pa.string())])
+    except (pa.ArrowTypeError, pa.ArrowInvalid, UnicodeEncodeError):
+        raise LocalError("ids are not text; read the column as text") from None
+
+
+def _refuse_spoilt(column: pa.ChunkedArray, where: str) -> None:
+    rounded = pc.sum(pc.match_substring_regex(column, ROUNDED)).as_py() or 0
+    if rounded:
+        raise LocalError(
+            f"{where}: {rounded} ids look like 1.23E+10: a spreadsheet has rounded them; export the column as text"
+        )
+    present = pc.sum(pc.match_substring_regex(column, r"\S")).as_py() or 0
+    if present and present == (pc.sum(pc.match_substring_regex(column, FLOAT)).as_py() or 0):
+        raise LocalError(f"{where}: all {present} ids end in .0: they were read as floats; export the column as text")
+
+
+def _prefixed(value: bytes) -> bytes:
+    return len(value).to_bytes(4, "big") + value
+
+
+def _joined(fields: list[list[bytes | None]]) -> list[bytes | None]:
+    """The values of a key, one of a row: its fields' one after another; None where one lacks."""
+    if len(fields) == 1:
+        return fields[0]
+    return [None if None in row else b"".join(row) for row in zip(*fields, strict=True)]
+
+
+def _prints(values: list[bytes | None], secret: bytes) -> NDArray[np.uint64]:
+    keyed = hashlib.blake2b(digest_size=16, key=secret)
+    out = []
+    for value in values:
+        one = keyed.copy()
+        one.update(value or b"")
+        out.append(one.digest())
+    return np.frombuffer(b"".join(out), np.uint64).reshape(-1, 2)
+
+
+def _each_once(keys: tuple[Key, ...], total: int, *, last: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows that stand for themselves and for those of an equal first key, and which of them each row goes with.
+    A row that has only later keys stands for itself."""
+    stands = np.full(total, -1, np.int64)
+    first = np.flatnonzero(keys[0].usable)
+    order, begins = sorted_groups(keys[0].prints[first])
+    number = np.cumsum(begins) - 1
+    ends = np.append(begins[1:], True) if len(begins) else begins
+    stands[first[order]] = first[order[ends if last else begins]][number]
+    for key in keys[1:]:
+        other = key.usable & (stands < 0)
+        stands[other] = np.flatnonzero(other)
+    rows = np.unique(stands[stands >= 0])
+    groups = np.where(stands >= 0, np.searchsorted(rows, stands), -1)
+    return rows, groups
+
+
+def sorted_groups(prints: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """An order in which equal prints, (n, 2), stand together, stable; and where each group of equal ones begins."""
+    order = np.lexsort((prints[:, 1], prints[:, 0]))
+    ranked = prints[order]
+    begins = np.ones(len(prints), np.bool_)
+    begins[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    return order, begins
+
+
+def _type(key: tuple[str, ...], agreed: agreement.Identifiers) -> bytes:
+    return b"id" + b"".join(_prefixed(part.encode()) for name in key for part in (name, agreed.fields[name]))
+
+
+def encode(session: bytes, type: bytes, value: bytes) -> bytes:
+    """What is hashed to the curve: len||session||len||type||len||value, lengths in 4 bytes, so that no two collide.
 
     The session keeps points of one session from meaning anything in another; the type keeps kinds of ids apart.
     """
-    parts = (session, id_type.encode(), value.encode())
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return _prefixed(session) + _prefixed(type) + _prefixed(value)

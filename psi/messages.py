@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from parties.message import Array, Message, kind
 from psi.group import POINT_BYTES
 
 PART = 8192
+
+
+@kind(108, "control")
+@dataclass(frozen=True, eq=False)
+class InputCommitment(Message):
+    """0. The root of a Merkle tree over our salted ids, and a commitment to our share of the auditors' seed."""
+
+    root: bytes
+    seed: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.root) != 32 or len(self.seed) != 32:
+            raise ValueError("two hashes of 32 bytes")
 
 
 @kind(100, "control")
@@ -113,6 +124,42 @@ class OrderTag(Message):
             raise ValueError("a tag of 32 bytes")
 
 
+@kind(109, "control")
+@dataclass(frozen=True, eq=False)
+class SeedReveal(Message):
+    """7. Our share of the auditors' seed, once the inputs can no longer change."""
+
+    share: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.share) != 32:
+            raise ValueError("a share of 32 bytes")
+
+
+@kind(110, "control")
+@dataclass(frozen=True, eq=False)
+class ReportDigest(Message):
+    """8. The digest of our report, for the others to sign."""
+
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != 32:
+            raise ValueError("a digest of 32 bytes")
+
+
+@kind(111, "control")
+@dataclass(frozen=True, eq=False)
+class Countersignature(Message):
+    """8. Our signature under the receiver's digest: this is the report that it committed to at the end of the run."""
+
+    signature: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.signature) != 64:
+            raise ValueError("a signature of 64 bytes")
+
+
 def parts(rows: Array, size: int = PART) -> Iterator[Array]:
     """Slices of at most `size` rows."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
@@ -120,10 +167,3 @@ def parts(rows: Array, size: int = PART) -> Iterator[Array]:
 
 def part_count(rows: int, size: int = PART) -> int:
     return -(-rows // size)
-
-
-def whole(pieces: list[Array], rows: int, what: str) -> Array:
-    """The parts put together. Raises ValueError when their rows are not as many as announced."""
-    if sum(len(piece) for piece in pieces) != rows:
-        raise ValueError(f"{what}: {sum(len(piece) for piece in pieces)} rows where {rows} were announced")
-    return np.concatenate(pieces)

@@ -1,9 +1,17 @@
-"""Offline checks of PSI reports, one alone and several together, for people who did not watch the run."""
+"""Offline checks of PSI reports, one alone and several together, for people who did not watch the run.
+
+One report alone shows that its owner stands by it, that its peers countersigned the same bytes at the end of the run,
+and that nothing in it contradicts anything else or the ledger beside it. Two or more show that the parties saw the same
+run. Neither shows what ids a party put in: that is `psi.audit`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, date, datetime
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +19,39 @@ import msgspec
 
 from parties.agreement import Agreement, parse_json
 from parties.errors import LocalError
-from parties.identity import PublicIdentity
-from parties.ledger import check_ledger
-from psi.exchange import CANARIES
-from psi.report import Report, Terms, canonical
+from parties.files import read_bytes
+from parties.identity import PublicIdentity, check_name
+from parties.session import TRAIN
+from psi.exchange import Flow, Way, What
+from psi.hash_to_curve import TAG
+from psi.inputs import CANARIES, decoys_for
+from psi.record import Keys, ask, check_record, from_hex, is_hex, signed
+from psi.report import (
+    Check,
+    Governance,
+    Report,
+    as_file,
+    as_predicted,
+    canonical,
+    countersigned_statement,
+    false_match_bound,
+    party_facts,
+    report_digest,
+)
 
-
-@dataclass(frozen=True)
-class Check:
-    """One question and its answer; `detail` says what differs, or what the answer rests on."""
-
-    name: str
-    passed: bool | None  # None: it could not be made
-    detail: str = ""
+MOST_PARTIES = 16  # as in an agreement
+SHARED: dict[str, Callable[[Report], Any]] = {
+    "agreement": lambda one: one.agreement,
+    "session": lambda one: one.session,
+    "task": lambda one: one.task,
+    "governance": lambda one: one.governance,
+    "parties, keys and approvals": lambda one: (list(one.parties), one.parties),
+    "suite and separation tag": lambda one: (one.software.suite, one.software.separation_tag),
+    "committed inputs": lambda one: one.roots,
+    "keys, set sizes and results of the steps": lambda one: [(s.key, s.set_sizes, s.size) for s in one.steps],
+    "size of the intersection": lambda one: one.size,
+    "seed of the auditors' sample": lambda one: one.audit_seed,
+}
 
 
 def load_report(path: Path) -> Report:
@@ -35,112 +63,274 @@ def load_report(path: Path) -> Report:
 def verify(paths: Sequence[Path], agreement: Agreement | None = None) -> list[Check]:
     """All checks of the given reports. Without `agreement` the public keys are those that the reports state.
 
-    A ledger that lies beside a report is checked with it: chain, signature, and that it contains the point at which
-    the report was written.
+    A ledger that lies beside a report is checked with it.
+
+    Raises:
+        LocalError: a file cannot be read, or is not a report at all.
     """
-    reports = [(path, load_report(path)) for path in paths]
-    checks = [check for path, report in reports for check in _alone(path, report, agreement)]
-    if len(reports) > 1 and all(check.passed is not False for check in checks):
-        checks += _together([report for _, report in reports])
-    return checks
+    return list(each_check(paths, agreement))
 
 
-def _alone(path: Path, report: Report, agreement: Agreement | None) -> list[Check]:
-    name, checks = report.party, []
-    if agreement is not None:
-        wrong = _differs(report, agreement)
-        checks.append(Check(f"{name}: is of the given agreement", not wrong, ", ".join(wrong)))
-        if wrong:
-            return checks
+def each_check(paths: Sequence[Path], agreement: Agreement | None = None) -> Iterator[Check]:
+    """The same, one by one as they are made."""
+    sound: list[Report] = []
+    for path in paths:
+        report = load_report(path)
+        if odd := list(_malformed(report)):
+            yield ask(f"{path}: names, keys and digests are well formed", odd)
+            continue
+        sound.append(report)
+        yield from _alone(path, report, agreement)
+    if len(paths) > 1 and sound:
+        yield from _together(sound)
+
+
+# ---- one report alone
+
+
+def _malformed(report: Report) -> Iterator[str]:
+    """What keeps the other checks from being made. Nothing of the report is quoted: it may be anything."""
+    names, bits = list(report.parties), report.input
     try:
-        keys = {party: PublicIdentity.parse(facts.public_key) for party, facts in report.parties.items()}
-        digest, signature = bytes.fromhex(report.agreement), bytes.fromhex(report.signature)
-        approvals = {party: bytes.fromhex(facts.approval) for party, facts in report.parties.items()}
-        known = {name, *report.set_sizes} == {*keys} == {name, *(flow.owner for flow in report.flows), *keys}
-    except ValueError:
-        known = False
-    if not known:
-        return [*checks, Check(f"{name}: its parties, keys and signatures are well formed", False)]
-    origin = "keys of the given agreement" if agreement else "keys as the report states them; --agreement compares them"
-    checks.append(
-        Check(
-            f"{name}: signature",
-            keys[name].signed("psi-report", canonical(msgspec.to_builtins(report)), signature),
-            origin,
-        )
-    )
-    odd = [party for party, facts in report.parties.items() if facts.fingerprint != keys[party].fingerprint]
-    checks.append(Check(f"{name}: fingerprints are those of the keys", not odd, ", ".join(odd)))
-    odd = [party for party in keys if not keys[party].signed("approval", digest, approvals[party])]
-    checks.append(Check(f"{name}: every party approved the agreement", not odd, ", ".join(odd)))
-    rows, extra = report.our_rows, report.canaries + report.terms.decoys
-    adds_up = (
-        report.canaries == CANARIES
-        and min(msgspec.structs.astuple(rows)) >= 0
-        and rows.kept + extra == report.set_sizes[name]
-        and rows.read == rows.kept + rows.empty + rows.invalid + rows.duplicate
-        and 0 <= report.intersection <= min(report.set_sizes.values()) - extra
-    )
-    checks.append(Check(f"{name}: counts add up", adds_up))
-    positions = report.intersection + report.canaries
-    due = [positions if flow.what == "positions" else report.set_sizes[flow.owner] for flow in report.flows]
-    right = [flow.count for flow in report.flows] == due
-    checks.append(Check(f"{name}: every list has as many entries as announced", right))
-    checks.append(_ledger(path, report, keys[name]))
-    return checks
-
-
-def _differs(report: Report, agreement: Agreement) -> list[str]:
-    """What the report says otherwise than the agreement."""
-    names = {party.name for party in agreement.parties}
-    if report.party not in names or set(report.parties) != names:
-        return ["the parties"]
-    stated = {name: (facts.role, facts.public_key) for name, facts in report.parties.items()}
-    agreed = {party.name: (party.role, party.public_key) for party in agreement.parties}
-    compared: dict[str, tuple[Any, Any]] = {
-        "digest": (report.agreement, agreement.digest.hex()),
-        "roles or keys": (stated, agreed),
-        "terms": (report.terms, Terms.of(agreement)),
-    }
-    return [what for what, (theirs, ours) in compared.items() if theirs != ours]
-
-
-def _ledger(path: Path, report: Report, owner: PublicIdentity) -> Check:
-    ledger = path.with_name(path.name.replace("psi_report.json", "ledger.jsonl"))
-    title = f"{report.party}: ledger chain, its signature, and that it holds this report's point"
-    if ledger == path or not ledger.exists():
-        return Check(title, None, "no ledger beside the report")
-    try:
-        return Check(title, check_ledger(ledger, owner).get(report.ledger.entries) == report.ledger.head)
-    except LocalError as error:
-        return Check(title, False, str(error))
-
-
-def _together(reports: list[Report]) -> list[Check]:
-    names, first = [report.party for report in reports], reports[0]
-    checks = [
-        Check(f"all reports: same {what}", all(getattr(one, field) == getattr(first, field) for one in reports))
-        for field, what in (
-            ("agreement", "agreement"),
-            ("session", "session"),
-            ("task", "task"),
-            ("intersection", "size of the intersection"),
-            ("set_sizes", "set sizes"),
-            ("parties", "parties, keys and approvals"),
-            ("terms", "terms"),
-        )
+        for name in names:
+            check_name(name)
+        keys = [PublicIdentity.parse(facts.public_key) for facts in report.parties.values()]
+        if not 2 <= len(set(keys)) == len(names) <= MOST_PARTIES or report.party not in names:
+            yield "the parties"
+    except (LocalError, ValueError):
+        yield "a party's name or public key"
+    peers = [name for name in names if name != report.party]
+    roles = [facts.role for facts in report.parties.values()]
+    if roles != ["label holder", *["feature holder"] * len(peers)]:
+        yield "the parties' roles or order"
+    flows, transcripts = report.flows, report.transcripts.values()
+    digests = [
+        *(report.agreement, report.session, report.audit_seed, report.ledger.head, bits.merkle_root),
+        *(*report.roots.values(), *(flow.digest for flow in flows)),
+        *(digest for one in transcripts for digest in (one.sent, one.received)),
+        *([report.selftest.session] if report.selftest else []),
     ]
-    checks.append(Check("all reports: each of another party", len(set(names)) == len(names)))
-    missing = ", ".join(sorted(set(first.parties) - set(names)))
-    checks.append(Check("every party's report is here", None if missing else True, missing and f"not given: {missing}"))
-    for sender in reports:
-        for receiver in reports:
-            if sender.party != receiver.party:
-                sent, got = _flows(sender, "sent", receiver.party), _flows(receiver, "received", sender.party)
-                title = f"what {sender.party} sent to {receiver.party} is what arrived ({len(sent)} lists)"
-                checks.append(Check(title, sent == got))
-    return checks
+    if not all(is_hex(digest, 32) for digest in digests):
+        yield "a digest is not 64 lower-case hex digits"
+    if any(list(step.set_sizes) != names for step in report.steps) or list(report.roots) != names:
+        yield "set sizes or roots are not those of the parties, in their order"
+    if list(report.transcripts) != peers or not set(report.countersignatures) <= set(peers):
+        yield "transcripts or countersignatures are not those of the peers"
+    if [step.key for step in report.steps] != [" + ".join(key) for key in report.governance.identifiers.cascade]:
+        yield "the steps are not the agreed keys"
+    if not all(text.isprintable() for check in report.checks for text in (check.name, check.detail)):
+        yield "a check's text"
+    if not (_is_time(report.time) and _is_date(report.governance.expires)):
+        yield "a time is not written as it should be"
 
 
-def _flows(report: Report, direction: str, peer: str) -> list[tuple[Any, ...]]:
-    return sorted(astuple(flow)[2:] for flow in report.flows if (flow.direction, flow.peer) == (direction, peer))
+def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[Check]:
+    party, keys = report.party, {name: PublicIdentity.parse(facts.public_key) for name, facts in report.parties.items()}
+
+    def about(question: str, odd: Iterable[str], note: str = "") -> Check:
+        return ask(f"{party}: {question}", odd, note)
+
+    odd = [] if as_file(report) == read_bytes(path, "the report") else ["its spelling was changed"]
+    yield about("the file reads byte for byte as it was written", odd)
+    if agreement is not None:
+        odd = list(_differs(report, agreement))
+        yield about("is of the given agreement", odd)
+        if odd:  # its keys are not those of the parties
+            return
+    origin = "keys of the given agreement" if agreement else "keys as the report states them; --agreement compares them"
+    right = signed(keys[party], "psi-report", canonical(report), report.signature)
+    yield about("its owner's signature stands under it", [] if right else ["another key, or other facts"], origin)
+    yield about("every peer countersigned it at the end of the run", _not_countersigned(report, keys), origin)
+    odd = [name for name, facts in report.parties.items() if facts.fingerprint != keys[name].fingerprint]
+    yield about("fingerprints are those of the keys", odd)
+    digest = bytes.fromhex(report.agreement)
+    odd = [name for name in keys if not signed(keys[name], "approval", digest, report.parties[name].approval)]
+    yield about("every party approved the agreement", odd, origin)
+    when = f"{report.time}; the last day is {report.governance.expires}"
+    late = datetime.fromisoformat(report.time).date() > date.fromisoformat(report.governance.expires)
+    yield about("the agreement had not expired", [when] if late else [], when)
+    yield about("what is stated follows from what was agreed", _inconsistent(report))
+    yield about("counts add up", [*_odd_rows(report), *_odd_steps(report)])
+    found = Counter((f.step, f.direction, f.peer, f.what, f.owner, f.count) for f in report.flows)
+    odd = ["a list is missing, not due, or of another length"] if found != Counter(due_flows(report)) else []
+    yield about("every list that must have passed did, as long as announced", odd, f"{len(report.flows)} lists")
+    odd = [] if as_predicted(report) and _plain_traffic(report) else ["bytes, or messages, of a kind"]
+    yield about("what left is as long as the set sizes imply", odd)
+    if report.budget:
+        odd = [use.peer for use in report.budget if use.refusal]
+        odd += [] if [use.peer for use in report.budget] == list(report.transcripts) else ["the peers"]
+        yield about("every peer's use is within the stated limits", odd)
+    if rehearsal := report.selftest:
+        right = rehearsal.passed and rehearsal.expected == rehearsal.found and rehearsal.time <= report.time
+        yield about("the rehearsal found what it had to", [] if right else ["it did not"], rehearsal.time)
+    yield about("it lists the checks made during the run", [] if report.checks else ["none is listed"])
+    for check in report.checks:
+        yield Check(name=f"{party} found: {check.name}", status=check.status, detail=check.detail)
+    yield from check_record(path, report, keys)
+
+
+def _differs(report: Report, agreement: Agreement) -> Iterator[str]:
+    """What the report says otherwise than the agreement."""
+    names = [party.name for party in agreement.ring]
+    if list(report.parties) != names:
+        yield "the parties"
+        return
+    if report.agreement != agreement.digest.hex():
+        yield "digest"
+    if report.parties != party_facts(agreement, {name: from_hex(report.parties[name].approval) for name in names}):
+        yield "roles or keys"
+    agreed = Governance.of(agreement)
+    yield from (
+        name for name in Governance.__struct_fields__ if getattr(report.governance, name) != getattr(agreed, name)
+    )
+
+
+def _not_countersigned(report: Report, keys: Keys) -> Iterator[str]:
+    statement = countersigned_statement(bytes.fromhex(report.session), report.party, report_digest(report))
+    for name in report.transcripts:
+        if not signed(keys[name], "psi-countersignature", statement, report.countersignatures.get(name, "")):
+            yield name
+
+
+def _inconsistent(report: Report) -> Iterator[str]:
+    """Facts that follow from others, but do not here."""
+    governance, result = report.governance, report.governance.intersection.result
+    follows: dict[str, tuple[Any, Any]] = {
+        "suite": (report.software.suite, governance.intersection.suite),
+        "separation tag": (report.software.separation_tag, TAG.decode() + governance.intersection.suite),
+        "canaries": (report.canaries, CANARIES),
+        "size": (report.size, sum(step.size for step in report.steps)),
+        "who sees rows": (report.rows_revealed, result in (["rows"], ["rows", _TO_HUB])[_is_hub(report)]),
+        "bound on false matches": (report.false_match_bound, false_match_bound(report.steps)),
+        "masking keys": (report.keys.created, len(report.steps)),
+        "our Merkle root": (report.roots[report.party], report.input.merkle_root),
+        "columns": (set(report.input.columns), set(governance.identifiers.fields)),
+    }
+    yield from (what for what, (stated, due) in follows.items() if stated != due)
+
+
+_TO_HUB = "rows to the label holder"
+
+
+def _is_hub(report: Report) -> bool:
+    return report.party == next(iter(report.parties))
+
+
+def _odd_rows(report: Report) -> Iterator[str]:
+    rows, policy = report.input.rows, report.input
+    if min(msgspec.structs.astuple(rows)) < 0 or rows.read != rows.empty + rows.invalid + rows.duplicate + rows.kept:
+        yield "rows read are not the sum of the others"
+    if not 0 < rows.kept <= report.governance.intersection.maximum_rows:
+        yield "rows kept are none, or above the cap"
+    if policy.empty not in ("fail", "drop") or (policy.empty == "fail" and (rows.empty or rows.invalid)):
+        yield "rows dropped against the policy for empty ids"
+    if policy.duplicates not in ("fail", "first", "last", "aggregate") or (
+        policy.duplicates == "fail" and rows.duplicate
+    ):
+        yield "rows dropped against the policy for duplicates"
+
+
+def _odd_steps(report: Report) -> Iterator[str]:
+    agreed, rest, total = report.governance.intersection, report.input.rows.kept, 0
+    smallest = agreed.minimum if report.task == TRAIN else agreed.minimum_to_score
+    least, cap = CANARIES + agreed.decoys, CANARIES + agreed.decoys + agreed.maximum_rows + agreed.bucket - 1
+    for number, step in enumerate(report.steps, 1):
+        sizes, ids = step.set_sizes, step.set_sizes[report.party] - CANARIES - step.decoys
+        if not 0 <= ids <= rest or (len(report.steps) == 1 and ids != rest):
+            yield f"step {number}: our set holds other than the rows kept, canaries and decoys"
+        if step.decoys != decoys_for(ids, agreed.decoys, agreed.bucket):
+            yield f"step {number}: our decoys"
+        yield from (
+            f"step {number}: set of {name}"
+            for name, size in sizes.items()
+            if size % agreed.bucket or not least <= size <= cap
+        )
+        if not 0 <= step.size <= min(ids, min(sizes.values()) - least):
+            yield f"step {number}: more rows in common than in a set"
+        total, rest = total + step.size, rest - step.size
+        if total < smallest:
+            yield f"step {number}: fewer rows in common than the agreed minimum"
+
+
+def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
+    """Step, direction, peer, content, owner and length of every list that `report.party` must have sent or got."""
+    names, result = list(report.parties), report.governance.intersection.result
+    k, place = len(names), names.index(report.party)
+    hub, at = names[0], [names[(place + offset) % k] for offset in range(k + 1)]
+    following, previous = at[1], at[-2]
+    lists: list[tuple[Way, str, What, str]] = []
+    for hop in range(1, k):
+        lists += [("sent", following, "points", at[(1 - hop) % k]), ("received", previous, "points", at[-hop % k])]
+    if place:
+        lists.append(("sent", hub, "tokens", following))
+    else:
+        lists += [("received", at[holder], "tokens", at[holder + 1]) for holder in range(1, k)]
+    if result == "rows" and place:
+        lists.append(("received", hub, "positions", following))
+    elif result == "rows":
+        lists += [("sent", at[holder], "positions", at[holder + 1]) for holder in range(1, k)]
+    if result == "rows":
+        for step in range(1, k):
+            lists += [("sent", previous, "positions", at[step]), ("received", following, "positions", at[step + 1])]
+    elif result == _TO_HUB:
+        lists += [("sent", previous, "positions", hub), ("received", following, "positions", hub)]
+    for number, one in enumerate(report.steps):
+        for way, peer, what, owner in lists:
+            count = one.size + CANARIES if what == "positions" else one.set_sizes[owner]
+            yield number, way, peer, what, owner, count
+
+
+def _plain_traffic(report: Report) -> bool:
+    """Whether each peer and kind is listed once, with as much as a message at least has."""
+    distinct = {(one.to, one.kind) for one in report.traffic}
+    known = all(one.to in report.transcripts and 0 < one.messages <= one.bytes for one in report.traffic)
+    return known and len(distinct) == len(report.traffic)
+
+
+# ---- several reports
+
+
+def _together(reports: list[Report]) -> Iterator[Check]:
+    names, first = [report.party for report in reports], reports[0]
+    for what, value in SHARED.items():
+        odd = [report.party for report in reports if value(report) != value(first)]
+        yield ask(f"all reports: same {what}", [f"{name} says otherwise than {first.party}" for name in odd])
+    yield ask("all reports: each of another party", sorted({name for name in names if names.count(name) > 1}))
+    missing = ", ".join(name for name in first.parties if name not in names)
+    yield Check(
+        name="all reports: every party's is here",
+        status="NOT RUN" if missing else "PASS",
+        detail=missing and f"not given: {missing}",
+    )
+    for one, other in permutations(reports, 2):
+        if one.party == other.party:
+            continue
+        sent, got = _lists(one, "sent", other.party), _lists(other, "received", one.party)
+        title = f"what {one.party} sent to {other.party} is what arrived"
+        yield ask(title, ["a list differs"] if sent != got else [], f"{len(sent)} lists")
+        ours, theirs = one.transcripts.get(other.party), other.transcripts.get(one.party)
+        same = ours is not None and theirs is not None and ours.sent == theirs.received
+        yield ask(f"{title}, message by message", [] if same else ["the transcripts differ"])
+        key = PublicIdentity.parse(other.parties[other.party].public_key)
+        odd = [name for name in _not_countersigned(one, dict.fromkeys(one.parties, key)) if name == other.party]
+        odd += [] if other.party in one.transcripts else [other.party]
+        yield ask(f"{other.party} countersigned the report of {one.party} with the key of its own report", odd)
+
+
+def _lists(report: Report, direction: Way, peer: str) -> list[tuple[Any, ...]]:
+    def facts(flow: Flow) -> tuple[Any, ...]:
+        return flow.step, flow.what, flow.owner, flow.count, flow.digest
+
+    return sorted(facts(flow) for flow in report.flows if (flow.direction, flow.peer) == (direction, peer))
+
+
+def _is_time(text: str) -> bool:
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).astimezone(UTC).isoformat(timespec="seconds") == text
+    return False
+
+
+def _is_date(text: str) -> bool:
+    with suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text
+    return False

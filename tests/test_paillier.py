@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parties.errors import LocalError
+from parties.workers import Workers
 from vfl.encryption.paillier import (
     ROOTS,
     PublicKey,
@@ -173,7 +174,7 @@ def test_many_rows_and_several_packs(secret):
 def test_workers_change_nothing(secret):
     generator = np.random.default_rng(1)
     x, r = generator.integers(-99, 99, (20, 3)), generator.integers(-BOUND, BOUND, (20, 2))
-    assert (weigh(secret, [(x, r)], width=2, workers=2) == x.T @ r).all()
+    assert (weigh(secret, [(x, r)], width=2, workers=Workers(2)) == x.T @ r).all()
 
 
 def test_sums_that_do_not_fit_are_refused(secret):

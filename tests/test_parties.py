@@ -1,5 +1,5 @@
 """What a conversation between parties promises before any protocol begins: messages, channels, agreement, keys,
-handshake, ledger, files and tables."""
+handshake, ledger and files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,8 +47,6 @@ from parties.message import (
 )
 from parties.party_file import Party
 from parties.session import AgreementText, Hello, Session, allowed_classes, converse
-from parties.tables import Table, read_table
-from psi.identifiers import canonical
 from psi.messages import Gate, MaskedPoints, Positions, SetSize
 from tests.conftest import IDENTITIES, NAMES, agree, changed, nonces, parties
 from vfl.messages import PartialEmbedding
@@ -615,7 +610,8 @@ def put(plain: Any, path: str, value: Any) -> None:
 def another(plain: bytes, path: str, value: Any) -> tuple[Any, bytes] | None:
     """Some other value that an agreement may have at `path`, and that agreement's text."""
     near = [not value] if isinstance(value, bool) else [value + 1, value / 2] if isinstance(value, (int, float)) else []
-    for candidate in [*near, f"{value}x", "first", "drop", "sgd", 2048, "2998-12-31", "tcp://other:1", str(PRESS)]:
+    named = ["size", "P256_XMD:SHA-256_SSWU_RO_", "sgd", "2998-12-31", "tcp://other:1", str(PRESS)]
+    for candidate in [*near, f"{value}x", 2048, *named]:
         theirs = json.loads(plain)
         put(theirs, path, candidate)
         try:
@@ -640,7 +636,7 @@ def test_every_single_difference_is_listed_with_both_values() -> None:
             assert found == [(path, value, changed_value[0])]
     roles = {f"parties.{name}.role" for name in NAMES[:3]}
     places = {f"parties.{name}.place" for name in NAMES[:3]}  # another order is a difference of its own
-    assert fixed <= roles | places | {"intersection.suite", "model.kind", "encryption.scheme"}  # of which there is one
+    assert fixed <= roles | places | {"model.kind", "encryption.scheme"}  # of which there is one
     assert differences(ours, ours.canonical) == []
 
 
@@ -976,7 +972,7 @@ def own_file(folder: Path, name: str = "bank", key: str = "", label: str = 'labe
 def test_a_partys_file_is_read_relative_to_itself(folder: Path) -> None:
     party = Party(own_file(folder))
     assert (party.name, party.is_label_holder) == ("bank", True)
-    assert (party.table_path, party.output) == (folder / "bank.csv", folder / "out")
+    assert (party.source.path, party.output) == (folder / "bank.csv", folder / "out")
     assert not Party(own_file(folder, "grocer", label="")).is_label_holder
 
 
@@ -998,7 +994,6 @@ def test_a_laxer_policy_changes_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"label": ""}, "the label holder, and nobody else"),
         ({"name": "grocer"}, "the label holder, and nobody else"),
         ({"more": "[policy]\nfrobid = []\n"}, "unknown field 'frobid'"),
         ({"more": '[policy]\nforbid = ["control"]\n'}, "policy.forbid"),
@@ -1062,189 +1057,6 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(LocalError, match="cannot create the folder"):
         make_folder(tmp_path / "file" / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken"]
-
-
-# ---- tables
-
-
-def table(tmp_path: Path, content: Any, name: str = "", **options: Any) -> Table:
-    """Read a table of CSV text, CSV bytes, or whatever Parquet can hold."""
-    path = tmp_path / (name or ("clients.csv" if isinstance(content, (str, bytes)) else "clients.parquet"))
-    if isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif isinstance(content, pd.DataFrame):
-        content.to_parquet(path)
-    else:
-        pq.write_table(pa.table(content), path)
-    return read_table(path, "id", options.pop("features", ["x"]), **options)
-
-
-STRANGE_IDS = ["007", "NA", "null", "None", "nan", "1e5", "True", "-0", " a b "]
-
-
-def test_csv_ids_are_text_as_written(tmp_path: Path) -> None:
-    text = "id,x\n" + "".join(f"{value},{number}\n" for number, value in enumerate(STRANGE_IDS))
-    assert table(tmp_path, text).ids == STRANGE_IDS
-
-
-def test_parquet_ids_are_text_as_stored(tmp_path: Path) -> None:
-    numbers = list(range(len(STRANGE_IDS)))
-    assert table(tmp_path, {"id": STRANGE_IDS, "x": numbers}).ids == STRANGE_IDS
-    assert table(tmp_path, {"id": [7, 2**60 + 1], "x": [1, 2]}).ids == ["7", str(2**60 + 1)]
-    assert table(tmp_path, {"id": pd.Categorical(["b", "a"]), "x": [1, 2]}).ids == ["b", "a"]
-
-
-def test_an_empty_id_is_kept_for_the_identifiers_to_judge(tmp_path: Path) -> None:
-    assert table(tmp_path, "id,x\n,1\nb,2\n").ids == ["", "b"]
-    assert table(tmp_path, {"id": [None, "b"], "x": [1, 2]}).ids == ["", "b"]
-
-
-def test_ids_that_a_spreadsheet_rounded_are_refused_in_the_end(tmp_path: Path) -> None:
-    read_ids = table(tmp_path, "id,x\n1.23E+10,1\n1.24E+10,2\n")
-    with pytest.raises(LocalError, match=r"clients\.csv, column 'id': 2 ids look like"):
-        canonical(read_ids.ids, "text/1", column="id", source=read_ids.source)
-
-
-def test_only_the_declared_columns_are_read_in_the_declared_order(tmp_path: Path) -> None:
-    content = "z,b,id,a,y\nsecret,2,k,1,1\nsecret,4,l,3,0\n"
-    found = table(tmp_path, content, features=["a", "b"], label="y")
-    assert found.features.to_dict("list") == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
-    assert found.label is not None and found.label.tolist() == [1.0, 0.0]
-    assert found.features.dtypes.unique().tolist() == [np.dtype(np.float64)]
-    assert "secret" not in repr(found) and "k" not in repr(found).replace("clients", "")
-
-
-@pytest.mark.parametrize(
-    ("content", "options"),
-    [
-        (b"\xef\xbb\xbfid,x\na,1\n", {}),
-        ("id;x\na;1\n", {"separator": ";"}),
-        ("id\tx\na\t1\n", {"separator": "\t"}),
-        ('"id","x"\r\n"a","1"\r\n', {}),
-        ("id,x\n\na,1\n\n", {}),
-        ("id,x,z,z\na,1,2,3\n", {}),
-        (pd.DataFrame({"id": ["a"], "x": [1]}), {"name": "CLIENTS.PARQUET"}),
-        ({"id": ["a"], "x": pa.array([1], pa.decimal128(5, 2))}, {"name": "clients.pq"}),
-    ],
-    ids=["BOM", "semicolon", "tab", "quotes and CRLF", "blank lines", "other columns twice", "PARQUET", "pq decimal"],
-)
-def test_common_ways_to_write_a_table_all_read(content: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    found = table(tmp_path, content, **options)
-    assert (found.ids, found.features["x"].tolist(), len(found)) == (["a"], [1.0], 1)
-
-
-def two(column: list[Any]) -> dict[str, Any]:
-    return {"id": ["hush1", "hush2", "hush3"][: len(column)], "x": column}
-
-
-BAD_TABLES: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "empty file": ("", {}, "is empty"),
-    "header only": ("id,x\n", {}, "has no rows"),
-    "no rows in Parquet": ({"id": pa.array([], pa.string()), "x": pa.array([], pa.float64())}, {}, "has no rows"),
-    "missing column": ("id,z\nhush,1\n", {}, "lacks the columns 'x'"),
-    "missing id": ("ID,x\nhush,1\n", {}, "lacks the columns 'id'"),
-    "missing in Parquet": ({"id": ["hush"]}, {}, "lacks the columns 'x'"),
-    "wrong separator": ("id;x\nhush;1\n", {}, "one field with ';' in it; set separator = ';'"),
-    "unnamed column": ("id,x,,\nhush,1,2,3\n", {}, "2 columns without a name"),
-    "unnamed with blanks": ("id,x, \nhush,1,2\n", {}, "1 columns without a name"),
-    "duplicate feature": ("id,x,x\nhush,1,2\n", {}, "2 columns named 'x'"),
-    "duplicate id": ("id,x,id,id\nhush,1,2,3\n", {}, "3 columns named 'id'"),
-    "duplicate in Parquet": (
-        pa.Table.from_arrays([pa.array(["hush"]), pa.array([1]), pa.array([2])], names=["id", "x", "x"]),
-        {},
-        "2 columns named 'x'",
-    ),
-    "declared twice": ("id,x\nhush,1\n", {"features": ["x", "x"]}, "'x' is declared more than once"),
-    "label is a feature": ("id,x\nhush,1\n", {"label": "x"}, "'x' is declared more than once"),
-    "Latin-1": ("id,x\nhushé,1\n".encode("latin-1"), {}, "is not UTF-8"),
-    "UTF-16": ("id,x\nhush,1\n".encode("utf-16"), {}, "is not UTF-8"),
-    "open quote": ('id,x\n"hush,1\nb,2\n', {}, "check quotes"),
-    "missing values": ("id,x\nhush,\nb,NA\nc,1\n", {}, "'x' 2 missing"),
-    "not numbers": ("id,x\na,hush\nb,12 hush\nc,1\n", {}, "'x' 2 not numbers"),
-    "infinite": ("id,x\na,inf\nb,-inf\nc,1e999\n", {}, "'x' 3 infinite"),
-    "several faults": ("id,x,z\na,,hush\nb,1,2\n", {"features": ["x", "z"]}, "'x' 1 missing; 'z' 1 not numbers"),
-    "a short row": ("id,x\nhush\nb,1\n", {}, "not a table of rows as long as its header"),
-    "missing in Parquet values": (two([1.5, None, float("nan")]), {}, "'x' 2 missing"),
-    "infinite in Parquet": (two([1.5, float("inf")]), {}, "'x' 1 infinite"),
-    "text in Parquet": (two(["hush", "1"]), {}, "'x' 1 not numbers"),
-    "lists in Parquet": (two([[1], [2]]), {}, "'x' 2 not numbers"),
-    "float ids in Parquet": ({"id": [1234567.0], "x": [1]}, {}, "column 'id': ids are stored as floats"),
-    "not Parquet": (b"hush", {"name": "clients.parquet"}, "is not a readable Parquet file"),
-    "label missing": ("id,x,y\na,1,0\nb,1,\nc,1,1\n", {"label": "y"}, "column 'y': 1 labels are missing"),
-    "label missing in Parquet": (two([1, 2]) | {"y": [1, None]}, {"label": "y"}, "column 'y': 1 labels are missing"),
-    "label constant": ("id,x,y\na,1,hush\nb,1,hush\n", {"label": "y"}, "column 'y': the label is constant"),
-    "label of three": ("id,x,y\na,1,0\nb,1,hush\nc,1,1\n", {"label": "y"}, "column 'y': the label is one of 3 values"),
-    "label not 0 and 1": ("id,x,y\na,1,hush\nb,1,no\n", {"label": "y"}, "column 'y': the label is not 0 and 1"),
-    "positive not there": ("id,x,y\na,1,hush\nb,1,no\n", {"label": "y", "positive": "yes"}, "column 'y': no label"),
-}
-
-
-@pytest.mark.parametrize("what", BAD_TABLES)
-def test_a_bad_table_is_refused_with_file_column_and_count_but_no_value(what: str, tmp_path: Path) -> None:
-    content, options, text = BAD_TABLES[what]
-    with pytest.raises(LocalError) as caught:
-        table(tmp_path, content, **options)
-    said = str(caught.value)
-    assert text in said
-    assert "clients" in said or "declared" in said
-    assert "hush" not in said.replace(str(tmp_path), "")
-    assert "\n" not in said
-
-
-def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LocalError, match=r"nowhere\.csv does not exist"):
-        read_table(tmp_path / "nowhere.csv", "id", ["x"])
-    with pytest.raises(LocalError, match="cannot read"):
-        read_table(tmp_path, "id", ["x"])
-
-
-@pytest.mark.parametrize(
-    ("values", "positive"),
-    [(["1", "0"], ""), (["1.0", "0.0"], ""), (["yes", "no"], "yes"), (["0", "1"], "0"), (["B", "A"], "B")],
-)
-def test_a_label_of_two_values_is_read_as_declared(values: list[str], positive: str, tmp_path: Path) -> None:
-    text = "id,x,y\n" + "".join(f"{number},1,{value}\n" for number, value in enumerate([*values, values[0]]))
-    found = table(tmp_path, text, label="y", positive=positive)
-    assert found.label is not None and found.label.tolist() == [1.0, 0.0, 1.0]
-    stored = {"id": ["a", "b", "c"], "x": [1, 2, 3], "y": [*values, values[0]]}
-    found = table(tmp_path, stored, label="y", positive=positive)
-    assert found.label is not None and found.label.tolist() == [1.0, 0.0, 1.0]
-
-
-@pytest.mark.parametrize(("values", "positive"), [([1, 0], ""), ([1.0, 0.0], ""), ([True, False], "True")])
-def test_a_label_stored_as_a_number_or_truth_value_is_read(values: list[Any], positive: str, tmp_path: Path) -> None:
-    found = table(tmp_path, two([5, 6]) | {"y": values}, label="y", positive=positive)
-    assert found.label is not None and found.label.tolist() == [1.0, 0.0]
-
-
-@pytest.mark.parametrize("text", ["id,x,z\nhush,1,2,3\nb,4,5,6\n", "id,x\nhush,1,2\nb,3,4\n", "id,x\na,1\nb,2,3\n"])
-def test_rows_longer_than_the_header_are_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(LocalError):
-        table(tmp_path, text)
-
-
-def test_parquet_with_the_id_as_index_reads(tmp_path: Path) -> None:
-    assert table(tmp_path, pd.DataFrame({"id": ["a", "b"], "x": [1, 2]}).set_index("id")).ids == ["a", "b"]
-
-
-def test_parquet_integers_with_a_missing_one_stay_integers(tmp_path: Path) -> None:
-    assert table(tmp_path, {"id": [7, None, 2**60 + 1], "x": [1, 2, 3]}).ids == ["7", "", str(2**60 + 1)]
-
-
-@pytest.mark.parametrize("kind", ["datetime64[us]", "timedelta64[s]"])
-def test_times_are_not_numbers(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(LocalError, match="'x' 2 not numbers"):
-        table(tmp_path, pd.DataFrame({"id": ["a", "b"], "x": np.array([1, 2], kind)}))
-
-
-def test_binary_ids_are_read_as_text_or_refused(tmp_path: Path) -> None:
-    try:
-        found = table(tmp_path, {"id": [b"a", b"b"], "x": [1, 2]})
-    except LocalError:
-        return
-    assert found.ids == ["a", "b"]
 
 
 def test_a_refusal_that_is_heard_of_second_hand_is_told_as_such_with_its_own_exit_code() -> None:

@@ -16,12 +16,14 @@ from parties.memory import MemoryLink, outcomes, play
 from parties.message import Header, decode, parse_header
 from parties.message import name_of as kind_name
 from psi.align import Alignment, align
-from psi.group import hash_to_points
-from psi.identifiers import encode
+from psi.group import suite
+from psi.identifiers import canonical, encode
 from psi.messages import IntersectionSize
+from psi.rules import rule
 from tests.conftest import NAMES, Stream, agree, nonces, parties
 
 Sets = Mapping[str, list[str]]
+spelt = st.text(max_size=6).map(rule("text/1")).filter(bool)
 
 
 def roles(sets: Sets, seed: str | None = None, minimum: Mapping[str, int] | None = None) -> dict[str, Any]:
@@ -102,11 +104,7 @@ def test_where_the_agreement_has_no_minimum_nothing_in_common_is_an_empty_join(e
 
 
 @settings(max_examples=12, deadline=None)
-@given(
-    st.integers(2, 4).flatmap(
-        lambda k: st.lists(st.lists(st.text(max_size=6), unique=True, max_size=12), min_size=k, max_size=k)
-    )
-)
+@given(st.integers(2, 4).flatmap(lambda k: st.lists(st.lists(spelt, unique=True, max_size=12), min_size=k, max_size=k)))
 def test_any_text_is_an_id(lists: list[list[str]]) -> None:
     shared = ["shared", "é" * 3]  # so that the intersection is never below the minimum
     sets = {name: list(dict.fromkeys(shared + values)) for name, values in zip(NAMES, lists, strict=False)}
@@ -114,8 +112,6 @@ def test_any_text_is_an_id(lists: list[list[str]]) -> None:
 
 
 def test_more_points_than_fit_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("messages", "exchange", "align"):
-        monkeypatch.setattr(f"psi.{module}.PART", 50, raising=False)
     monkeypatch.setattr("psi.messages.parts.__defaults__", (50,))
     monkeypatch.setattr("psi.messages.part_count.__defaults__", (50,))
     monkeypatch.setattr("psi.align.POSITIONS", 40)
@@ -199,8 +195,10 @@ def test_row_order_does_not_follow_anybodys_input_order() -> None:
 
 def test_no_id_is_on_the_wire_plain_hashed_or_as_an_unmasked_point(honest: tuple[dict[str, Any], Any]) -> None:
     session = frames(honest[1], "bank", "grocer")[-1][1].session
-    inputs = [encode(session, "id/customer/text/1", value) for value in SETS["bank"][:10]]
-    unmasked = {point.tobytes() for point in hash_to_points(inputs)}
+    key = canonical({"customer": SETS["bank"][:10]}, agree(3).identifiers).keys[0]
+    inputs = [encode(session, key.type, value) for value in key.take(np.arange(10))]
+    curve = suite("curve25519_XMD:SHA-512_ELL2_RO_")
+    unmasked = {point.tobytes() for point in curve.hash_to_points(inputs)}
     sent = b"".join(head + payload for links in wire(honest[1]).values() for head, payload in links)
     assert not any(needle in sent for needle in [*unmasked, *inputs, b"customer"])
 
@@ -254,7 +252,7 @@ def test_one_altered_byte_stops_everybody(sender: str, receiver: str, number: in
 
 
 def test_a_gate_altered_to_no_stops_everybody_too() -> None:
-    found = run_altered("grocer", "bank", 3, "field")
+    found = run_altered("grocer", "bank", 4, "field")
     assert isinstance(found["bank"], Refused)
     assert found["bank"].peer == "grocer"
     assert all(isinstance(result, ColonnadeError) for result in found.values())
@@ -334,8 +332,8 @@ def test_a_set_above_the_cap_is_never_sent() -> None:
 
 def test_evidence_agrees_between_the_parties(honest: tuple[dict[str, Any], Any]) -> None:
     found = honest[0]
-    assert {name: len(values) + 128 for name, values in SETS.items()} == found["bank"].set_sizes
-    assert found["bank"].set_sizes == found["grocer"].set_sizes == found["mill"].set_sizes
+    assert {name: len(values) + 128 for name, values in SETS.items()} == found["bank"].steps[0].set_sizes
+    assert found["bank"].steps == found["grocer"].steps == found["mill"].steps
 
     def flows(owner: str, direction: str, peer: str) -> list[tuple[Any, ...]]:
         return sorted(
@@ -355,9 +353,9 @@ def test_evidence_agrees_between_the_parties(honest: tuple[dict[str, Any], Any])
 
 def test_more_decoys_when_agreed() -> None:
     found = play(roles(SETS), agree(3, intersection={"decoys": 200}), identities=parties(3))
-    assert found["mill"].set_sizes["bank"] == 40 + 64 + 200
+    assert found["mill"].steps[0].set_sizes["bank"] == 40 + 64 + 200
 
 
 def test_neither_errors_nor_evidence_show_an_id_or_a_row() -> None:
     found = play(roles(SETS), agree(3), identities=parties(3))
-    assert all("customer" not in repr(result) and "array" not in repr(result) for result in found.values())
+    assert all("customer " not in repr(result) and "array" not in repr(result) for result in found.values())

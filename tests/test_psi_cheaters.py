@@ -23,11 +23,23 @@ from parties.session import Session
 from psi import align as align_module
 from psi import exchange as exchange_module
 from psi.align import align
-from psi.exchange import Ring
-from psi.group import P, check_points, mask, random_scalar, token, token_width
-from psi.messages import Gate, IntersectionSize, MaskedPoints, OrderPoint, OrderTag, Positions, SetSize, Tokens
+from psi.curve25519 import P
+from psi.group import suite, token, token_width
+from psi.messages import (
+    Gate,
+    InputCommitment,
+    IntersectionSize,
+    MaskedPoints,
+    OrderPoint,
+    OrderTag,
+    Positions,
+    SeedReveal,
+    SetSize,
+    Tokens,
+)
 from tests.conftest import NAMES, Stream, agree, nonces, parties
 
+CURVE = suite("curve25519_XMD:SHA-512_ELL2_RO_")
 SETS = {"bank": range(40), "grocer": range(10, 60), "mill": range(5, 45), "press": range(8, 50)}
 Rule = Callable[[Session, str, Message], Iterable[Message]]
 
@@ -100,6 +112,7 @@ def with_first(data: Array, first: bytes) -> Array:
 def test_a_peer_that_mirrors_our_points_is_caught() -> None:
     def mirror(session: Session) -> None:
         hub = session.channels["bank"]
+        hub.send(hub.receive(InputCommitment))
         size = hub.receive(SetSize).points
         hub.send(SetSize(size))
         theirs = hub.receive(MaskedPoints).data
@@ -115,6 +128,7 @@ def test_a_hub_that_mirrors_our_points_is_caught() -> None:
 
     def mirror(session: Session) -> None:
         peer = session.channels["grocer"]
+        peer.send(peer.receive(InputCommitment))
         size = peer.receive(SetSize).points
         peer.send(SetSize(size))
         theirs = peer.receive(MaskedPoints).data
@@ -174,7 +188,7 @@ def on_the_twist() -> bytes:
     for u in range(2, 100):
         point = u.to_bytes(32, "little")
         try:
-            check_points(rows(point), sample=1)
+            CURVE.check_points(rows(point), sample=1)
         except ValueError:
             return point
     raise LookupError
@@ -202,7 +216,7 @@ def test_a_point_that_no_honest_party_sends_is_caught(what: str, count: int, che
 
 def test_a_list_on_the_twist_is_caught_however_long() -> None:
     seed = rows(on_the_twist())
-    twist = lambda count: np.concatenate([mask(seed, Stream(str(i))(32)) for i in range(count)])  # noqa: E731
+    twist = lambda count: np.concatenate([CURVE.mask(seed, Stream(str(i))(32)) for i in range(count)])  # noqa: E731
     rule = one_kind(MaskedPoints, lambda sent: MaskedPoints(sent.owner, twist(len(sent.data))))
     caught(run(2, "grocer", deviating("grocer", rule)), "grocer", "twist")
 
@@ -215,7 +229,7 @@ def test_a_point_twice_is_caught(count: int, cheater: str) -> None:
 
 def test_a_token_twice_is_caught() -> None:
     rule = one_kind(Tokens, lambda sent: Tokens(sent.owner, with_first(sent.data, sent.data[5].tobytes())))
-    caught(run(2, "grocer", deviating("grocer", rule)), "grocer", "token twice")
+    caught(run(2, "grocer", deviating("grocer", rule)), "grocer", "duplicates")
 
 
 def test_tokens_of_another_width_or_set_are_caught() -> None:
@@ -277,14 +291,14 @@ def test_a_holder_that_hands_over_other_tokens_than_it_relayed_is_caught() -> No
 
 def inflating(patch: pytest.MonkeyPatch, extra: Callable[[Array], Array]) -> None:
     """The hub, and only the hub, intersects: of every list's rows outside the intersection it adds some."""
-    plain = exchange_module.common_positions
+    plain = align_module.match
 
     def common(lists: list[Array]) -> list[Array]:
         found = plain(lists)
         rest = [np.setdiff1d(np.arange(len(tokens)), at) for tokens, at in zip(lists, found, strict=True)]
         return [np.concatenate([at, extra(left)]).astype(np.uint32) for at, left in zip(found, rest, strict=True)]
 
-    patch.setattr(align_module, "common_positions", common)
+    patch.setattr(align_module, "match", common)
 
 
 @pytest.fixture
@@ -393,7 +407,7 @@ def test_a_bad_order_point_is_caught(point: str) -> None:
 
 def test_a_tag_made_without_the_order_does_not_pass_whatever_point_goes_with_it() -> None:
     """The base is not ours to choose: a known multiple of the peer's point does not help."""
-    known = random_scalar()
+    known = CURVE.scalar()
 
     def role(session: Session) -> Any:
         channel = session.channels["bank"]
@@ -402,7 +416,7 @@ def test_a_tag_made_without_the_order_does_not_pass_whatever_point_goes_with_it(
 
     def rule(session: Session, peer: str, message: Message) -> Iterable[Message]:
         if isinstance(message, OrderPoint):
-            return [OrderPoint(mask(rows((9).to_bytes(32, "little")), known)[0])]
+            return [OrderPoint(CURVE.mask(rows((9).to_bytes(32, "little")), known)[0])]
         return [message]
 
     caught(run(2, "grocer", role), "grocer", "row order differs")
@@ -415,9 +429,9 @@ def test_order_points_and_tags_passed_on_from_one_party_to_another_do_not_pass()
         bank, grocer = session.channels["bank"], session.channels["grocer"]
         plain = align_module._order_test
 
-        def man_in_the_middle(session: Session, ordered: list[bytes], randomness: Any) -> None:
+        def man_in_the_middle(session: Session, *arguments: Any) -> None:
             if session.name != "mill":
-                return plain(session, ordered, randomness)
+                return plain(session, *arguments)
             for kind in (OrderPoint, OrderTag):
                 first, second = bank.receive(kind), grocer.receive(kind)
                 grocer.send(first)
@@ -464,7 +478,7 @@ def earlier() -> dict[str, dict[str, MemoryLink]]:
     return mesh
 
 
-@pytest.mark.parametrize("number", range(11))
+@pytest.mark.parametrize("number", range(13))
 def test_a_message_of_an_earlier_session_is_caught(number: int, earlier: dict[str, dict[str, MemoryLink]]) -> None:
     left = [number]
 
@@ -482,7 +496,7 @@ def test_a_message_of_an_earlier_session_is_caught(number: int, earlier: dict[st
 
 def test_these_were_all_its_messages(earlier: dict[str, dict[str, MemoryLink]]) -> None:
     kinds = [kind_name(parse_header(head).kind) for head, _ in earlier["bank"]["grocer"].sent]
-    assert (len(kinds), kinds[0], kinds[-1]) == (11, "Hello", "Closing")
+    assert (len(kinds), kinds[0], kinds[-1]) == (13, "Hello", "Closing")
 
 
 OUT_OF_ORDER: dict[str, Rule] = {
@@ -490,7 +504,7 @@ OUT_OF_ORDER: dict[str, Rule] = {
     "left out": one_kind(MaskedPoints, lambda sent: []),
     "sent twice": one_kind(SetSize, lambda sent: [sent, sent]),
     "too early": one_kind(Tokens, lambda sent: [Gate(True), sent]),
-    "something more at the end": one_kind(OrderTag, lambda sent: [sent, Gate(True)]),
+    "something more at the end": one_kind(SeedReveal, lambda sent: [sent, Gate(True)]),
 }
 
 
@@ -514,7 +528,8 @@ def test_not_caught_a_tracing_hub_learns_which_of_its_rows_the_next_party_has_al
     by all others when they come back, and compares with the tokens of its own rows."""
     traced = {place: Stream(f"trace {place}")(32) for place in (0, 5, 15, 25, 39)}
     seen: dict[str, Any] = {"order": [], "batches": []}
-    masked, common, shuffle = exchange_module._masked, align_module.common_positions, exchange_module.shuffle_order
+    common, shuffle = align_module.match, exchange_module.shuffle_order
+    own, last = exchange_module.hash_and_mask, exchange_module.check_and_mask
 
     def shuffled(n: int, key: bytes | None = None) -> Array:
         order = shuffle(n, key)
@@ -522,26 +537,29 @@ def test_not_caught_a_tracing_hub_learns_which_of_its_rows_the_next_party_has_al
             seen["order"].append(order)
         return order
 
-    def masking(ring: Ring, part: Array, key: bytes) -> Array:
-        out = masked(ring, part, key)
-        if ring.place == 0:
-            seen["batches"].append(part)
-            if len(seen["batches"]) == 1:  # the hub's own set
-                rows_of = seen["order"][0]
-                out = out.copy()
-                for place, scalar in traced.items():
-                    at = np.flatnonzero(rows_of == place)
-                    out[at] = mask(out[at], scalar)
-            seen.setdefault("key", key)
+    def masking(name: str, key: bytes, inputs: list[bytes]) -> Array:
+        out = own(name, key, inputs)
+        if threading.current_thread().name == "bank":
+            out = out.copy()
+            for place, scalar in traced.items():
+                at = np.flatnonzero(seen["order"][0] == place)
+                out[at] = CURVE.mask(out[at], scalar)
+            seen["key"] = key
         return out
+
+    def relaying(name: str, key: bytes, session: bytes, width: int, points: Array) -> Array:
+        if threading.current_thread().name == "bank":
+            seen["batches"].append(points)
+        return token(last(name, key, points), session, width)
 
     def keeping(lists: list[Array]) -> list[Array]:
         seen["tokens"] = {row.tobytes() for row in lists[0]}
         return common(lists)
 
     monkeypatch.setattr(exchange_module, "shuffle_order", shuffled)
-    monkeypatch.setattr(exchange_module, "_masked", masking)
-    monkeypatch.setattr(align_module, "common_positions", keeping)
+    monkeypatch.setattr(exchange_module, "hash_and_mask", masking)
+    monkeypatch.setattr(exchange_module, "check_mask_and_hide", relaying)
+    monkeypatch.setattr(align_module, "match", keeping)
     opened = []
 
     def hub(session: Session) -> Any:
@@ -551,12 +569,12 @@ def test_not_caught_a_tracing_hub_learns_which_of_its_rows_the_next_party_has_al
     found = run(3, "bank", hub, intersection={"minimum": 1000})
     assert {type(result) for result in found.values()} == {Refused}  # nobody saw a violation
 
-    theirs = mask(seen["batches"][-1], seen["key"])  # the grocer's set, masked by all
+    theirs = CURVE.mask(seen["batches"][-1], seen["key"])  # the grocer's set, masked by all
     total = sum(len(SETS[name]) + 128 for name in NAMES[:3])
     known = {
         place
         for place, scalar in traced.items()
-        if seen["tokens"] & {row.tobytes() for row in token(mask(theirs, scalar), opened[0], token_width(total))}
+        if seen["tokens"] & {row.tobytes() for row in token(CURVE.mask(theirs, scalar), opened[0], token_width(total))}
     }
     assert known == {place for place in traced if SETS["bank"][place] in SETS["grocer"]} == {15, 25, 39}
 
@@ -585,13 +603,11 @@ def endings(attempts: Iterable[Callable[[], dict[str, Any]]], until: set[int | N
 
 def test_not_caught_a_hub_that_drops_a_row_and_misses_the_canaries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plain join has 30 rows. A dropped canary is seen by all, a dropped customer by nobody."""
-    plain = exchange_module.common_positions
+    plain = align_module.match
 
     def dropping(index: int) -> dict[str, Any]:
         with monkeypatch.context() as patch:
-            patch.setattr(
-                align_module, "common_positions", lambda lists: [np.delete(found, index) for found in plain(lists)]
-            )
+            patch.setattr(align_module, "match", lambda lists: [np.delete(found, index) for found in plain(lists)])
             return run(3, "bank", honest("bank"))
 
     assert endings((partial(dropping, index) for index in range(30)), {29, None}) == {29, None}
@@ -602,8 +618,72 @@ def test_not_caught_a_relay_that_replaces_a_row_and_misses_the_canaries() -> Non
 
     def spoiling(index: int) -> dict[str, Any]:
         def spoil(data: Array) -> Array:
-            return np.concatenate([data[:index], mask(data[index : index + 1], random_scalar()), data[index + 1 :]])
+            return np.concatenate(
+                [data[:index], CURVE.mask(data[index : index + 1], CURVE.scalar()), data[index + 1 :]]
+            )
 
         return run(3, "grocer", deviating("grocer", relaying("grocer", MaskedPoints, spoil)))
 
     assert endings((partial(spoiling, index) for index in range(60)), {29, 30, None}) == {29, 30, None}
+
+
+# ---- commitments, and rows for the label holder only
+
+
+def test_a_share_of_the_seed_other_than_the_committed_one_is_caught() -> None:
+    rule = one_kind(SeedReveal, lambda sent: SeedReveal(bytes(32)))
+    caught(run(3, "grocer", deviating("grocer", rule)), "grocer", "another share of the seed")
+
+
+def test_a_share_of_the_seed_copied_from_the_other_is_caught() -> None:
+    """Who commits to what another has committed to, and reveals what it reveals, would cancel its share."""
+
+    def copying(session: Session) -> Any:
+        channel = session.channels["bank"]
+        seen: dict[type[Message], Message] = {}
+        plain_send, plain_receive = channel.send, channel.receive
+
+        def send(message: Message, timeout: float | None = None) -> None:
+            if isinstance(message, (InputCommitment, SeedReveal)):
+                message = seen.setdefault(type(message), plain_receive(type(message)))
+            plain_send(message, timeout)
+
+        def receive(expected: type[Message], timeout: float | None = None) -> Message:
+            return seen[expected] if expected in seen else plain_receive(expected, timeout)
+
+        channel.send, channel.receive = send, receive  # type: ignore[method-assign, assignment]
+        return align(session, ids("grocer"), randomness=Stream("grocer"))
+
+    found = outcomes({"bank": honest("bank"), "grocer": copying}, agree(2), parties(2))
+    caught(found, "grocer", "another share of the seed")
+
+
+HUB_ONLY = {"result": "rows to the label holder"}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize(("cheater", "kind"), [("grocer", MaskedPoints), ("mill", Tokens), ("mill", Positions)])
+def test_a_relay_that_moves_the_hubs_set_is_caught_also_where_only_the_hub_gets_rows(
+    cheater: str, kind: type[Message], move: str
+) -> None:
+    rule = relaying(cheater, kind, MOVES[move])
+    found = run(3, cheater, deviating(cheater, rule), intersection=HUB_ONLY)
+    if kind is Positions:  # of the same rows in another order: the order means nothing here
+        assert set(found["bank"].rows) == {n for n, row in enumerate(SETS["bank"]) if 10 <= row < 40}
+    else:
+        assert isinstance(found["bank"], ProtocolViolation)
+
+
+@pytest.mark.parametrize("what", WRONG_POSITIONS)
+def test_wrong_positions_are_caught_also_where_only_the_hub_gets_rows(what: str) -> None:
+    change, said = WRONG_POSITIONS[what]
+    found = run(3, "grocer", deviating("grocer", one_kind(Positions, change)), intersection=HUB_ONLY)
+    assert isinstance(found["bank"], ProtocolViolation)
+    assert said in str(found["bank"])
+
+
+def test_not_caught_a_hub_that_asks_for_other_rows_of_its_own_where_only_it_gets_rows() -> None:
+    """It learns no more rows than the size it told, but it chooses which: those it shares with one party alone, say."""
+    chosen = one_kind(Positions, lambda sent: Positions(0, np.arange(len(sent.data), dtype="<u4")))
+    found = run(3, "bank", deviating("bank", chosen), intersection=HUB_ONLY)
+    assert not any(isinstance(found[name], ProtocolViolation) for name in ("grocer", "mill"))

@@ -24,7 +24,7 @@ legal_basis = "none needed"
 expires = 2099-12-31
 {parties}
 [identifiers]
-type = "customer"
+fields = {{ customer = "text/1" }}
 {identifiers}
 [intersection]
 minimum = {minimum}

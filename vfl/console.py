@@ -12,7 +12,17 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from parties.errors import ColonnadeError, LocalError
 
@@ -29,8 +39,8 @@ class Watcher:
     def __init__(self, events: bool = False) -> None:
         self._events = events
         self._bars = Bars() if out.is_terminal and not events else None
-        self._last = 0.0
-        self._phase = ""
+        self._last = self._began = 0.0
+        self._phase, self._before = "", 0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if self._bars is not None:
@@ -39,12 +49,21 @@ class Watcher:
         now, every = time.monotonic(), EVENTS_EVERY if self._events else PLAIN_EVERY
         if phase == self._phase and now - self._last < every and done < total:
             return
+        if phase != self._phase or done < self._before:
+            self._began, self._before = now, done
         self._phase, self._last = phase, now
         if self._events:
             sys.stdout.write(json.dumps({"phase": phase, "done": done, "total": total}) + "\n")
             sys.stdout.flush()
         elif total:
-            out.print(f"{phase}: {done:,} of {total:,}")
+            out.print(f"{phase}: {done:,} of {total:,}{self._pace(now, done, total)}", highlight=False)
+
+    def _pace(self, now: float, done: int, total: int) -> str:
+        """Rate and time left, once there is something to go by."""
+        elapsed, gained = now - self._began, done - self._before
+        if elapsed < 1 or gained <= 0:
+            return ""
+        return f", {gained / elapsed:,.0f} a second, {elapsed * (total - done) / gained:,.0f} s left"
 
     def __enter__(self) -> Watcher:
         if self._bars is not None:
@@ -58,6 +77,13 @@ class Watcher:
             self._bars.stop()
 
 
+class _Rate(ProgressColumn):
+    """How many a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")
+
+
 class Bars:
     """One bar a party and phase."""
 
@@ -66,6 +92,7 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
+            _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=out,

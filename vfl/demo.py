@@ -31,7 +31,7 @@ from parties.files import make_folder, write_json, write_whole
 from parties.identity import Identity
 from parties.launch import launch
 from parties.party_file import Party
-from psi.identifiers import RULES
+from psi.rules import rule
 from vfl.console import Bars, Watcher, err, out
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Logistic, Vector
@@ -107,7 +107,7 @@ def write_parties(folder: Path, key_bits: int) -> dict[str, pd.DataFrame]:
     agreement = (
         'title = "Breast cancer demo"\npurpose = "To show what joining columns brings"\n'
         f'legal_basis = "public data (UCI), no persons"\nexpires = {expires}\n{parties}\n'
-        '[identifiers]\ntype = "patient number"\nrule = "text/1"\n'
+        '[identifiers]\nfields = { "patient number" = "text/1" }\n'
         "[model]\nC = 1.0\ntest_fraction = 0.3\n"
         f"[encryption]\nkey_bits = {key_bits}\n[deadlines]\nconnect = 120\n"
     )
@@ -176,8 +176,9 @@ def compare(folder: Path, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
         name: table.iloc[rows[name]["row"]].reset_index(drop=True).drop(columns="patient")
         for name, table in tables.items()
     }
-    order = [[RULES["text/1"](value) for value in tables[name]["patient"].iloc[rows[name]["row"]]] for name in tables]
-    expected = set.intersection(*({RULES["text/1"](value) for value in table["patient"]} for table in tables.values()))
+    text = rule("text/1")
+    order = [[text(value) for value in tables[name]["patient"].iloc[rows[name]["row"]]] for name in tables]
+    expected = set.intersection(*({text(value) for value in table["patient"]} for table in tables.values()))
     if any(one != order[0] for one in order) or set(order[0]) != expected:
         raise ColonnadeError("the parties' rows are not the plain join")  # cannot be: the protocol has checked it
     y = joined[LABEL_HOLDER].pop("benign").to_numpy(np.float64)

@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from parties.agreement import Agreement
-from psi.exchange import CANARIES
-from psi.group import POINT_BYTES, hash_to_points, mask, random_scalar, token_width
+from psi.group import POINT_BYTES, suite, token_width
+from psi.inputs import CANARIES
 from vfl.encryption.paillier import generate
 from vfl.encryption.weigh import PaillierWeigher, slots
 from vfl.exchange import Scales
@@ -44,8 +44,10 @@ def predict_cost(agreement: Agreement, rows: int, columns: int, *, label_holder:
     """Seconds and bytes for a party with `rows` and `columns`; the peers are taken to be of the same size."""
     parties, points = len(agreement.parties), rows + CANARIES + agreement.intersection.decoys
     inputs = [number.to_bytes(4, "big") for number in range(SAMPLE)]
-    hashed, hash_seconds = _timed(lambda: hash_to_points(inputs))
-    _, mask_seconds = _timed(lambda: mask(hashed, random_scalar()))
+    curve = suite(agreement.intersection.suite)
+    scalar = curve.scalar()
+    hashed, hash_seconds = _timed(lambda: curve.hash_to_points(inputs))
+    _, mask_seconds = _timed(lambda: curve.mask(hashed, scalar))
     align_seconds = points * (hash_seconds + parties * mask_seconds) / SAMPLE
     width = token_width(parties * points)
     align_bytes = points * ((parties - 1) * POINT_BYTES + width + 4 * parties)

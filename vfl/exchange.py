@@ -24,6 +24,8 @@ from vfl.encryption.weigh import PaillierWeigher, slots
 from vfl.losses import Vector
 from vfl.messages import ROWS_PER_PART, OpenedGradient, SchemeKey, SealedGradient, SealedResidual
 
+WORTH_WORKERS = 20_000  # values in a batch; below, starting processes takes longer than they save
+
 MEAN_BITS = 8  # a slot leaves room for a column whose mean |x| is below 2^8
 FEATURE_BOUND_BITS = 42
 COARSE = 2**8  # a column whose standard deviation is fewer steps of the fixed point would be another column
@@ -139,7 +141,12 @@ def weigh_gradient(session: Session, public: PublicKey, x: Fixed, scales: Scales
         LocalError: the sums do not fit the agreed slots.
     """
     weigher = PaillierWeigher(
-        public, x.shape[1], 1 << scales.residual_bits, slot_bits=scales.slot_bits, tick=session.tick
+        public,
+        x.shape[1],
+        1 << scales.residual_bits,
+        slot_bits=scales.slot_bits,
+        tick=session.tick,
+        workers=session.workers if x.size >= WORTH_WORKERS else None,
     )
     channel = session.channels[session.label_holder]
     with blame(channel.peer):

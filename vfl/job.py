@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,14 +14,11 @@ from sklearn.preprocessing import StandardScaler
 
 from parties.agreement import Model
 from parties.errors import LocalError, Refused
-from parties.files import set_aside, write_json
-from parties.message import Array
-from parties.party_file import Party
-from parties.session import TRAIN, Progress, Session, open_session
-from parties.tables import Table, read_table
-from psi.align import Alignment, align
-from psi.identifiers import Identifiers, canonical
-from psi.report import make_report
+from parties.party_file import Party, TableChoice
+from parties.session import TRAIN, Progress, Session
+from parties.tables import Source, Table
+from psi import job as psi_job
+from psi.report import Report
 from vfl.exchange import Scales
 from vfl.inputs import check_columns
 from vfl.linear import VerticalLogisticRegression
@@ -32,26 +27,17 @@ from vfl.metrics import evaluate
 from vfl.share import Scaling
 
 log = logging.getLogger("colonnade")
-Keep = Callable[[dict[str, Any]], None]
-TRAINED = ("ledger.jsonl", "psi_report.json", "model.json", "rows.csv", "summary.json")
-SCORED = ("score_ledger.jsonl", "score_psi_report.json")
+TRAINED = (*psi_job.ALIGNED, "model.json")
+SCORED = tuple(f"score_{name}" for name in psi_job.EVIDENCE)
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Our input, checked: nothing has been sent yet."""
+class Prepared(psi_job.Prepared):
+    """Our input, checked: nothing has been sent yet. Features (DataFrame, float64) and label are those of the rows that
+    take part, in the order of `ids.rows`."""
 
-    table: Table
-    ids: Identifiers
-
-    @property
-    def features(self) -> pd.DataFrame:
-        """The features of the rows that take part, in the order of `ids.values`."""
-        return self.table.features.iloc[self.ids.rows]
-
-    @property
-    def label(self) -> Vector | None:
-        return None if self.table.label is None else self.table.label[self.ids.rows]
+    features: pd.DataFrame = field(repr=False)
+    label: Vector | None = field(repr=False)
 
 
 @dataclass
@@ -62,7 +48,7 @@ class Outcome:
     task: str
     rows: NDArray[np.int64] = field(repr=False)
     test: NDArray[np.bool_] = field(repr=False)
-    psi_report: dict[str, Any] = field(repr=False)
+    psi_report: Report = field(repr=False)
     seconds: dict[str, float]
     bytes_sent: dict[str, dict[str, int]]
     bytes_by_phase: dict[str, int]
@@ -73,44 +59,56 @@ class Outcome:
 
 
 def prepare(
-    party: Party, *, path: Path | None = None, features: list[str] | None = None, train: bool = True
+    party: Party,
+    *,
+    source: Source | None = None,
+    features: list[str] | None = None,
+    train: bool = True,
+    look: Callable[[Table], None] = lambda table: None,
 ) -> Prepared:
     """Read and check our table. Raises LocalError, naming file, column and count."""
     choice, agreement = party.file.table, party.agreement
     names = list(choice.features) if features is None else features
-    table = read_table(
-        path or party.table_path,
-        choice.id,
-        names,
-        label=choice.label if train else "",
-        positive=choice.positive,
-        separator=choice.separator,
-    )
-    ids = canonical(
-        table.ids,
-        agreement.identifiers.rule,
-        duplicates=agreement.identifiers.duplicates,
-        empty=agreement.identifiers.empty,
-        column=choice.id,
-        source=table.source,
-    )
-    if not ids.values:
-        raise LocalError(f"{table.source}, column {choice.id!r}: no row has a usable id")
-    if len(ids.values) > agreement.intersection.maximum_rows:
-        raise LocalError(
-            f"{table.source}: {len(ids.values)} rows, the agreement's cap is {agreement.intersection.maximum_rows}"
-        )
-    prepared = Prepared(table, ids)
-    if train and not party.is_label_holder:
-        check_columns(prepared.features.to_numpy(), names, agreement.model.minimum_rows_off_mode, table.source)
+    if not names:
+        raise LocalError(f"{party.path}: name our columns as features in [table]; 'colonnade align' needs none")
+    if train and party.is_label_holder and not choice.label:
+        raise LocalError(f"{party.path}: the label holder names its label in [table]; 'colonnade align' needs none")
     agreed = agreement.party(party.name).columns
     if agreed and len(names) > agreed:
         raise Refused(f"{party.path}: {len(names)} columns; the agreement allows us {agreed}")
+    if agreement.intersection.result != "rows":
+        raise Refused(f'the agreement reveals only {agreement.intersection.result!r}: a model needs result = "rows"')
+    read = psi_job.prepare(party, source=source, features=names, label=choice.label if train else "", look=look)
+    prepared = Prepared(read.table, read.ids, *_taking_part(read, choice))
+    if train and not party.is_label_holder:
+        minimum = agreement.model.minimum_rows_off_mode
+        check_columns(prepared.features.to_numpy(), names, minimum, read.table.source)
     if train and not agreement.model.standardise:
-        Scales.of(agreement, len(ids.values)).features(prepared.features.to_numpy(), names)
-    if train and len(ids.values) <= len(names):
-        raise LocalError(f"{table.source}: {len(ids.values)} rows for {len(names)} columns; bring more rows")
+        Scales.of(agreement, len(prepared.ids)).features(prepared.features.to_numpy(), names)
+    if train and len(prepared.ids) <= len(names):
+        raise LocalError(f"{read.table.source}: {len(prepared.ids)} rows for {len(names)} columns; bring more rows")
     return prepared
+
+
+def _taking_part(read: psi_job.Prepared, choice: TableChoice) -> tuple[pd.DataFrame, Vector | None]:
+    """One row of features and one label for every id; several rows of one id are aggregated if our file says so."""
+    table, ids = read.table, read.ids
+    features = pd.DataFrame(table.features, copy=False)
+    label = table.label
+    if choice.duplicates != "aggregate" or not ids.counts["duplicate"]:
+        return features.iloc[ids.rows], None if label is None else label[ids.rows]
+    part = ids.groups >= 0
+    grouped = features[part].groupby(ids.groups[part], sort=True)
+    if label is not None:
+        spread = pd.Series(label[part]).groupby(ids.groups[part]).agg(["min", "max"])
+        differing = int((spread["min"] != spread["max"]).sum())
+        if differing:
+            raise LocalError(
+                f"{table.source}, column {choice.label!r}: {differing} ids have rows of both labels; correct them"
+            )
+    return grouped.agg(dict(choice.aggregate))[list(features)].astype(np.float64), (
+        None if label is None else label[ids.rows]
+    )
 
 
 def estimator(model: Model) -> VerticalLogisticRegression:
@@ -128,20 +126,20 @@ def estimator(model: Model) -> VerticalLogisticRegression:
     )
 
 
-def train(session: Session, prepared: Prepared, minimum: int = 0, keep: Keep = lambda report: None) -> Outcome:
-    """The job in an open session. The same function at every party; the label holder's table has the label. `keep` gets
-    the PSI report as soon as rows are known, whatever happens later.
+def train(session: Session, prepared: Prepared, minimum: int = 0, house: psi_job.House | None = None) -> Outcome:
+    """The job in an open session. The same function at every party; the label holder's table has the label. `house`
+    keeps the evidence of the intersection as soon as rows are known, whatever happens later.
 
     Reveals:
         To every party: what `align`, `VerticalLogisticRegression.fit` and its `decision_function` reveal; no more.
     """
     settings = session.agreement.model
-    alignment, report = _align(session, prepared, minimum, keep)
-    if not len(alignment.rows):
+    common, report = _common(session, prepared, minimum, house)
+    if not len(common):
         raise Refused("no customer is common to all parties; are the ids of one kind, and the rule right?")
-    features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
+    features = prepared.features.iloc[common].reset_index(drop=True)
     test = split(len(features), settings.test_fraction, settings.seed)
-    label = None if prepared.label is None else prepared.label[alignment.rows]
+    label = None if prepared.label is None else prepared.label[common]
     with session.phase("train"):
         scaler = StandardScaler().fit(features[~test].to_numpy()) if settings.standardise else None
         scaled = _scaled(features, scaler)
@@ -155,7 +153,7 @@ def train(session: Session, prepared: Prepared, minimum: int = 0, keep: Keep = l
             probability = both[:, 1]
             alone = model.alone_.predict_proba(scaled[test].to_numpy())[:, 1]
             metrics = {"joint": evaluate(label[test], probability), "alone": evaluate(label[test], alone)}
-    return _outcome(session, prepared, alignment, report, test, model, scaler, probability, metrics)
+    return _outcome(session, prepared, common, report, test, model, scaler, probability, metrics)
 
 
 def score(
@@ -163,21 +161,21 @@ def score(
     prepared: Prepared,
     model: VerticalLogisticRegression,
     minimum: int = 0,
-    keep: Keep = lambda report: None,
+    house: psi_job.House | None = None,
 ) -> Outcome:
     """Align new rows and score them; the scores stay with the label holder.
 
     Reveals:
         To every party: what `align` and `VerticalLogisticRegression.decision_function` reveal; no more.
     """
-    alignment, report = _align(session, prepared, minimum, keep)
-    features = prepared.features.iloc[alignment.rows].reset_index(drop=True)
+    common, report = _common(session, prepared, minimum, house)
+    features = prepared.features.iloc[common].reset_index(drop=True)
     scaler = None if model.scaler_ is None else _restored(model.scaler_)
     with session.phase("score"):
         both = model.predict_proba(_scaled(features, scaler), session=session)
     probability = None if both is None else both[:, 1]
     test = np.ones(len(features), bool)
-    return _outcome(session, prepared, alignment, report, test, model, scaler, probability, {})
+    return _outcome(session, prepared, common, report, test, model, scaler, probability, {})
 
 
 def split(rows: int, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -188,78 +186,52 @@ def split(rows: int, fraction: float, seed: int) -> NDArray[np.bool_]:
 
 
 def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcome:
-    """`colonnade run`: everything at one party, over the network. Writes ledger and PSI report, the caller the rest."""
-    approval = party.approval
+    """`colonnade run`: everything at one party, over the network. Writes the evidence, the caller the rest."""
+    approval, house = party.approval, psi_job.House(party)
     prepared = prepare(party)
-    policy = party.file.policy
-    with _open(party, approval, TRAIN, TRAINED, progress, note) as (session, keep):
-        outcome = train(session, prepared, policy.minimum_intersection, keep)
+    house.check_budget(prepared.ids)
+    with psi_job.meeting(house, approval, TRAIN, TRAINED, progress, note) as session:
+        outcome = train(session, prepared, party.file.policy.minimum_intersection, house)
     return _closed(outcome, session)
 
 
 def predict(
-    party: Party, path: Path, share: Path, progress: Progress, note: Callable[[str], None]
+    party: Party, source: Source, share: Path, progress: Progress, note: Callable[[str], None]
 ) -> tuple[Outcome, Prepared]:
-    """`colonnade predict`: align the rows of `path` with the others' new rows afresh, and score them."""
+    """`colonnade predict`: align the rows of `source` with the others' new rows afresh, and score them."""
     model = VerticalLogisticRegression.load(share)
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
-    approval = party.approval
-    prepared = prepare(party, path=path, features=list(model.feature_names_in_), train=False)
+    approval, house = party.approval, psi_job.House(party, "score_")
+    prepared = prepare(party, source=source, features=list(model.feature_names_in_), train=False)
+    house.check_budget(prepared.ids)
     task = f"score with {model.training_[:32]}"
-    with _open(party, approval, task, SCORED, progress, note) as (session, keep):
-        outcome = score(session, prepared, model, party.file.policy.minimum_to_score, keep)
+    with psi_job.meeting(house, approval, task, SCORED, progress, note) as session:
+        outcome = score(session, prepared, model, party.file.policy.minimum_to_score, house)
     return _closed(outcome, session), prepared
 
 
-@contextmanager
-def _open(
-    party: Party,
-    approval: bytes,
-    task: str,
-    names: tuple[str, ...],
-    progress: Progress,
-    note: Callable[[str], None],
-) -> Iterator[tuple[Session, Keep]]:
-    """A session that writes to the party's folder. What an earlier run left is set aside once this one has begun."""
-    ledger, report = party.output / names[0], party.output / names[1]
-    unopened = ledger.with_name(f"unopened_{ledger.name}")
-    with open_session(
-        party.identity,
-        party.agreement,
-        approval=approval,
-        task=task,
-        ledger_path=unopened,
-        forbidden=frozenset(party.file.policy.forbid),
-        listen=party.file.listen or None,
-        progress=progress,
-        log=note,
-    ) as session:
-        set_aside(party.output, names)
-        unopened.replace(ledger)
-        yield session, lambda value: write_json(report, value)
-
-
-def _align(session: Session, prepared: Prepared, minimum: int, keep: Keep) -> tuple[Alignment, dict[str, Any]]:
-    with session.phase("align"):
-        alignment = align(session, prepared.ids.values, minimum=minimum)
-        report = make_report(session, alignment, prepared.ids.counts)
-        keep(report)
-    return alignment, report
+def _common(
+    session: Session, prepared: Prepared, minimum: int, house: psi_job.House | None
+) -> tuple[NDArray[np.int64], Report]:
+    alignment, report = psi_job.intersect(session, prepared, minimum, house)
+    if alignment.rows is None:
+        raise Refused('the agreement keeps the common rows from us: a model needs result = "rows"')
+    return alignment.rows, report
 
 
 def _outcome(
     session: Session,
     prepared: Prepared,
-    alignment: Alignment,
-    report: dict[str, Any],
+    common: NDArray[np.int64],
+    report: Report,
     test: NDArray[np.bool_],
     model: VerticalLogisticRegression,
     scaler: StandardScaler | None,
     probability: Vector | None,
     metrics: dict[str, dict[str, float]],
 ) -> Outcome:
-    rows: Array = prepared.ids.rows[alignment.rows]
+    rows = prepared.ids.rows[common]
     return Outcome(session.id.hex(), session.task, rows, test, report, {}, {}, {}, model, scaler, probability, metrics)
 
 

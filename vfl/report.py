@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -53,7 +55,7 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
         "agreement": agreement.digest.hex(),
         "session": outcome.session,
         "parties": [one.name for one in agreement.ring],
-        "rows": outcome.psi_report["our_rows"],
+        "rows": msgspec.to_builtins(outcome.psi_report.input.rows),
         "intersection": len(outcome.rows),
         "rows_train": int((~outcome.test).sum()),
         "rows_test": int(outcome.test.sum()),
@@ -111,10 +113,8 @@ def phase_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [("time", f"{summary['seconds']:.1f} s, {decimal(sum(sent.values()))} sent"), *phases]
 
 
-def write_scores(path: Path, id_column: str, prepared: Prepared, outcome: Outcome) -> None:
+def write_scores(path: Path, prepared: Prepared, outcome: Outcome) -> None:
     """The label holder's scores: its own ids as it wrote them, in its own row order."""
-    scores = pd.DataFrame(
-        {id_column: [prepared.table.ids[row] for row in outcome.rows], "score": outcome.probability},
-        index=outcome.rows,
-    )
+    written = {column: ids.take(pa.array(outcome.rows)).to_pylist() for column, ids in prepared.table.ids.items()}
+    scores = pd.DataFrame(written | {"score": outcome.probability}, index=outcome.rows)
     write_whole(path, scores.sort_index().to_csv(index=False).encode(), mode=0o600)

@@ -32,8 +32,8 @@ for place, name in enumerate(("clinic", "laboratory", "imaging")):
 def role(session: Session) -> tuple[int, VerticalLogisticRegression, float | None]:
     """What every party does. It sees its own table, and the session; nothing else."""
     table = tables[session.name]
-    ids = canonical(table["patient"].tolist(), "text/1")
-    common = ids.rows[align(session, ids.values).rows]  # our rows, in one order for all
+    ids = canonical({"patient": table["patient"].tolist()}, session.agreement.identifiers)
+    common = ids.rows[align(session, ids).rows]  # our rows, in one order for all
     X = table.drop(columns="patient").iloc[common]
     X = pd.DataFrame(StandardScaler().fit_transform(X), columns=X.columns)
     y = diagnosis[common] if session.is_label_holder else None
@@ -45,7 +45,7 @@ def role(session: Session) -> tuple[int, VerticalLogisticRegression, float | Non
 
 # Identities and the agreement take the place of key files and agreement.toml. The first party is the label holder.
 identities = {name: Identity.generate(name) for name in tables}
-agreement = make_agreement(identities, encryption={"key_bits": 2048}, identifiers={"type": "patient number"})
+agreement = make_agreement(identities, encryption={"key_bits": 2048}, identifiers={"fields": {"patient": "text/1"}})
 results = play(dict.fromkeys(tables, role), agreement, identities=identities)
 
 for name, (rows, model, auc) in results.items():

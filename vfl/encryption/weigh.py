@@ -16,7 +16,7 @@ import numpy as np
 from gmpy2 import mpz
 
 from parties.errors import LocalError
-from parties.workers import spread
+from parties.workers import Workers
 from vfl.encryption.fixedpoint import sum_bits
 from vfl.encryption.paillier import PublicKey, check_ciphertexts
 from vfl.encryption.scheme import Exact, Fixed, Randomness, Wire, from_wire, to_wire
@@ -40,13 +40,14 @@ class PaillierWeigher:
         *,
         width: int = 1,
         slot_bits: int | None = None,
-        workers: int = 1,
+        workers: Workers | None = None,
         tick: Callable[[], None] = lambda: None,
         randomness: Randomness = secrets.randbelow,
     ) -> None:
         self._tick = tick  # called every few seconds of work
         self._public, self._columns, self._width = public, columns, width
-        self._bound, self._slot, self._workers, self._randomness = residual_bound, slot_bits, workers, randomness
+        self._bound, self._slot, self._randomness = residual_bound, slot_bits, randomness
+        self._workers = workers or Workers()
         self._sums: list[Any] | None = [mpz(1)] * (columns * width)  # Enc(0), column by column
         self._absolute = [0] * columns  # sum_i |x_ij|, exact
         self._masks: list[int] | None = None
@@ -61,9 +62,9 @@ class PaillierWeigher:
         modulus = self._public.modulus
         inverses = _invert_all(ciphertexts, modulus)  # for negative digits, which positive x have too
         signed = [ciphertexts[k :: self._width] + inverses[k :: self._width] for k in range(self._width)]
-        blocks = np.array_split(x, min(max(self._workers, -(-self._columns // BLOCK)), self._columns), axis=1)
+        blocks = np.array_split(x, min(max(self._workers.count, -(-self._columns // BLOCK)), self._columns), axis=1)
         products = []
-        for block in spread(partial(_weigh, signed, modulus), blocks, self._workers):
+        for block in self._workers.map(partial(_weigh, signed, modulus), blocks):
             products += block
             self._tick()
         self._sums = [a * b % modulus for a, b in zip(self._sums, products, strict=True)]

@@ -1,0 +1,242 @@
+"""The intersection at one party, from its own file to its evidence: what every command that meets others does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from parties.agreement import parse_json
+from parties.errors import LocalError
+from parties.files import Scratch, set_aside, write_whole
+from parties.party_file import Party
+from parties.sealing import seal
+from parties.session import Progress, Session, open_session
+from parties.tables import Source, Table, read_table
+from parties.workers import Workers
+from psi import html
+from psi.align import Alignment, align
+from psi.budget import Budget, Use, fingerprints
+from psi.identifiers import CHUNK, Identifiers, canonical
+from psi.report import Report, SelfTest, as_file, make_report
+
+ALIGN = "align"
+ESCROW = "psi escrow"  # what a sealed escrow file is sealed for
+EVIDENCE = ("ledger.jsonl", "psi_report.json", "psi_report.html", "psi_opening.bin", "psi_escrow.bin")
+ALIGNED = (*EVIDENCE, "rows.csv", "summary.json")
+Keep = Callable[[Report, Alignment], None]
+
+
+class EscrowedStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The secrets of one step: our masking key, the seed of our set's shuffle, the seed of our decoys."""
+
+    mask: bytes
+    shuffle: bytes
+    decoys: bytes
+
+
+class Escrow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What our compliance team needs to compute again what we sent."""
+
+    session: bytes
+    steps: list[EscrowedStep]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Our input, checked: nothing has been sent yet."""
+
+    table: Table
+    ids: Identifiers
+
+
+def prepare(
+    party: Party,
+    *,
+    source: Source | None = None,
+    features: Sequence[str] = (),
+    label: str = "",
+    look: Callable[[Table], None] = lambda table: None,
+) -> Prepared:
+    """Read and check our table: its id columns, and of the others those that are named. `look` sees what was read
+    before its ids are judged.
+
+    Raises:
+        LocalError: names file, column and count. Refused: our budget for a peer is used up.
+    """
+    choice, agreement = party.file.table, party.agreement
+    table = read_table(
+        source or party.source,
+        list(party.id_columns.values()),
+        features,
+        label=label,
+        positive=choice.positive,
+        scratch=Scratch(party.output if party.output.is_dir() else None),
+    )
+    look(table)
+    ids = canonical(
+        {name: table.ids[column] for name, column in party.id_columns.items()},
+        agreement.identifiers,
+        duplicates=choice.duplicates,
+        empty=choice.empty,
+        names=party.id_columns,
+        source=table.source,
+    )
+    if not len(ids):
+        raise LocalError(f"{table.source}, column {choice.id!r}: no row has a usable id")
+    if len(ids) > agreement.intersection.maximum_rows:
+        raise LocalError(
+            f"{table.source}: {len(ids)} rows, the agreement's cap is {agreement.intersection.maximum_rows}"
+        )
+    return Prepared(table, ids)
+
+
+class House:
+    """What a party does around an intersection on its own premises: budget, evidence, escrow."""
+
+    def __init__(self, party: Party, prefix: str = "", *, spends: bool = True) -> None:
+        self.party, self._prefix = party, prefix
+        self.escrow = party.escrow
+        limits = party.file.policy.budget if spends else None
+        self.budget = None if limits is None else Budget(party.output / "budget.sqlite", party.identity, limits)
+
+    def path(self, name: str) -> Path:
+        """Where a piece of evidence goes."""
+        return self.party.output / f"{self._prefix}{name}"
+
+    def check_budget(self, ids: Identifiers) -> list[Use]:
+        """What the budget says before anything is sent. Raises Refused."""
+        if self.budget is None:
+            return []
+        return self.budget.check(self._peers(), offered(self.budget.key, ids))
+
+    def spend(self, session: Session, ids: Identifiers) -> list[Use]:
+        """Record this run with every peer, before a point is sent. Raises Refused."""
+        if self.budget is None:
+            return []
+        return self.budget.spend(self._peers(), session.id, session.task, offered(self.budget.key, ids))
+
+    def _peers(self) -> dict[str, bytes]:
+        parties = self.party.agreement.parties
+        return {one.name: one.identity.key_id for one in parties if one.name != self.party.name}
+
+    def rehearsal(self) -> SelfTest | None:
+        """The last self-test under this agreement, if any."""
+        path = self.party.output / "selftest.json"
+        if not path.exists():
+            return None
+        kept: dict[str, SelfTest] = parse_json(path, dict[str, SelfTest], "the self-test's result")
+        return kept.get(self.party.agreement.digest.hex())
+
+    def keep(self, report: Report, alignment: Alignment) -> None:
+        """Write the report, its page, what opens our commitment and, if our policy says so, the escrow."""
+        write_whole(self.path("psi_report.json"), as_file(report))
+        write_whole(self.path("psi_report.html"), html.render(report).encode())
+        secrets = alignment.secrets
+        write_whole(self.path("psi_opening.bin"), secrets.salts + secrets.leaves.tobytes(), mode=0o600)
+        if self.escrow is not None:
+            plain = msgspec.msgpack.encode(
+                Escrow(bytes.fromhex(report.session), [EscrowedStep(*step) for step in secrets.steps])
+            )
+            write_whole(self.path("psi_escrow.bin"), seal(self.escrow, plain, ESCROW), mode=0o600)
+
+
+def offered(key: bytes, ids: Identifiers) -> NDArray[np.uint64]:
+    """Fingerprints of all keys of all rows that take part."""
+
+    def values() -> Iterator[bytes]:
+        for one in ids.keys:
+            for start in range(0, len(ids.rows), CHUNK):
+                taken = one.take(ids.rows[start : start + CHUNK])
+                yield from (one.type + value for value in taken if value is not None)
+
+    return fingerprints(key, values())
+
+
+def intersect(
+    session: Session, prepared: Prepared, minimum: int = 0, house: House | None = None
+) -> tuple[Alignment, Report]:
+    """Align, then report; with `house`, spend from its budget before and keep the evidence as soon as it is there.
+
+    Reveals:
+        To every party: what `align` and `make_report` reveal; no more.
+    """
+    ids = prepared.ids
+    with session.phase("align"):
+        spent = house.spend(session, ids) if house else []
+        alignment = align(session, ids, minimum=minimum)
+    with session.phase("report"):
+        choice = house.party.file.table if house else None
+        report = make_report(
+            session,
+            alignment,
+            ids,
+            columns=house.party.id_columns if house else None,
+            empty=choice.empty if choice else "fail",
+            duplicates=choice.duplicates if choice else "fail",
+            minimum=minimum,
+            escrow=house.escrow.fingerprint if house and house.escrow else "",
+            budget=spent,
+            selftest=house.rehearsal() if house else None,
+        )
+        if house:
+            house.keep(report, alignment)
+    return alignment, report
+
+
+@contextmanager
+def meeting(
+    house: House, approval: bytes, task: str, names: Sequence[str], progress: Progress, note: Callable[[str], None]
+) -> Iterator[Session]:
+    """A session that writes its ledger into the party's folder. What an earlier run left (`names`) is set aside once
+    this one has begun."""
+    party, ledger = house.party, house.path("ledger.jsonl")
+    unopened = ledger.with_name(f"unopened_{ledger.name}")
+    workers = Workers(party.file.workers)
+    try:
+        with open_session(
+            party.identity,
+            party.agreement,
+            approval=approval,
+            task=task,
+            ledger_path=unopened,
+            forbidden=frozenset(party.file.policy.forbid),
+            listen=party.file.listen or None,
+            progress=progress,
+            log=note,
+        ) as session:
+            set_aside(party.output, names)
+            unopened.replace(ledger)
+            session.workers, session.scratch = workers, Scratch(party.output)
+            yield session
+    finally:
+        workers.close()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `colonnade align` leaves: the report; which rows of our table are common, None where we may not know."""
+
+    report: Report
+    rows: NDArray[np.int64] | None
+    seconds: dict[str, float]
+
+
+def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcome:
+    """`colonnade align`: the intersection alone, at one party, over the network."""
+    approval = party.approval
+    house = House(party)
+    prepared = prepare(party)
+    house.check_budget(prepared.ids)
+    with meeting(house, approval, ALIGN, ALIGNED, progress, note) as session:
+        alignment, report = intersect(session, prepared, party.file.policy.minimum_intersection, house)
+    rows = None if alignment.rows is None else prepared.ids.rows[alignment.rows]
+    if rows is not None:
+        lines = "".join(f"{row}\n" for row in rows.tolist())
+        write_whole(house.path("rows.csv"), f"row\n{lines}".encode(), mode=0o600)
+    return Outcome(report, rows, {name: round(value, 3) for name, value in session.seconds.items()})

@@ -1,0 +1,31 @@
+"""What a party's workers do with one part of a list. Light imports: every worker process carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from psi.commitment import leaves
+from psi.group import Bytes, suite, token
+
+
+def hash_and_mask(name: str, scalar: bytes, inputs: Sequence[bytes]) -> Bytes:
+    """Our own encoded ids (see `psi.identifiers.encode`) as masked points, (n, 32) uint8."""
+    chosen = suite(name)
+    return chosen.mask(chosen.hash_to_points(inputs), scalar)
+
+
+def check_and_mask(name: str, scalar: bytes, points: Bytes) -> Bytes:
+    """Points of another party, (n, 32) uint8, checked and masked. Raises ValueError, which never holds a point."""
+    chosen = suite(name)
+    chosen.check_points(points)
+    return chosen.mask(points, scalar)
+
+
+def check_mask_and_hide(name: str, scalar: bytes, session: bytes, width: int, points: Bytes) -> Bytes:
+    """The same, and then as tokens, (n, width) uint8: we are the last to mask them."""
+    return token(check_and_mask(name, scalar, points), session, width)
+
+
+def salted_leaves(key: bytes, item: tuple[int, Sequence[bytes]]) -> Bytes:
+    """Leaves of our commitment, (n, 32) uint8, from the number of the first one and the values of all."""
+    return leaves(key, *item)

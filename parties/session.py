@@ -134,22 +134,26 @@ class Session:
         """Compare transcripts with every peer and countersign them into the ledger."""
         transcripts = {name: channel.transcripts for name, channel in self.channels.items()}
         for name, (sent, received) in transcripts.items():
-            signature = self.me.sign("transcript", self._statement(name, sent, received))
+            theirs = self.agreement.party(name).identity.key_id
+            statement = transcript_statement(self.id, self.me.public.key_id, theirs, sent, received)
+            signature = self.me.sign("transcript", statement)
             self.channels[name].send(Closing(sent, received, signature))
         for name, (sent, received) in transcripts.items():
             closing = self.channels[name].receive(Closing)
             if (closing.sent, closing.received) != (received, sent):
                 raise ProtocolViolation(f"{name}: its record of this session differs from ours", peer=name)
             identity = self.agreement.party(name).identity
-            if not identity.signed("transcript", self._statement(name, sent, received), closing.signature):
+            statement = transcript_statement(self.id, self.me.public.key_id, identity.key_id, sent, received)
+            if not identity.signed("transcript", statement, closing.signature):
                 raise ProtocolViolation(f"{name}: its signature under the transcript is wrong", peer=name)
             self.ledger.note(
                 "countersigned", peer=name, sent=sent.hex(), received=received.hex(), signature=closing.signature.hex()
             )
 
-    def _statement(self, peer: str, sent: bytes, received: bytes) -> bytes:
-        ours, theirs = self.me.public.key_id, self.agreement.party(peer).identity.key_id
-        return self.id + (ours + theirs + sent + received if ours < theirs else theirs + ours + received + sent)
+
+def transcript_statement(session: bytes, ours: bytes, theirs: bytes, sent: bytes, received: bytes) -> bytes:
+    """What both sides of a pair sign at the close, whoever computes it: the smaller key id comes first."""
+    return session + (ours + theirs + sent + received if ours < theirs else theirs + ours + received + sent)
 
 
 def handshake(

@@ -11,9 +11,10 @@ from functools import partial
 
 import numpy as np
 
+from parties.agreement import Intersection
 from parties.errors import LocalError, ProtocolViolation, Refused, blame
 from parties.message import Array
-from parties.session import TRAIN, Session
+from parties.session import Session
 from parties.workers import Workers
 from psi.commitment import commit, joint_seed, root
 from psi.exchange import Flow, Randomness, Ring, gather_tokens, masked_exchange
@@ -104,11 +105,11 @@ def align(
     salts, share = randomness(32), randomness(32)
     committed = _leaves(session, ids, salts)
     roots, commitments = _commit(session, root(committed), commit(share, session.id, session.name))
-    smallest = agreed.minimum if session.task == TRAIN else agreed.minimum_to_score
+    smallest = least_rows(agreed, session.task)
     run = _Run(session, smallest, max(smallest, minimum or 0), randomness)
     rest, matched = np.arange(len(ids)), [np.zeros(0, np.int64)]
     for key in ids.keys:
-        entries = _unambiguous(key, ids.rows, rest)
+        entries = unambiguous(key, ids.rows, rest)
         found = run.step(key, ids.rows[entries])
         if found is not None:
             matched.append(entries[found])
@@ -123,6 +124,11 @@ def align(
         checks=tuple(run.checks()),
         secrets=Secrets(salts, committed, tuple(run.secrets)),
     )
+
+
+def least_rows(agreed: Intersection, task: str) -> int:
+    """The agreed minimum: scoring has one of its own."""
+    return agreed.minimum_to_score if task.startswith("score") else agreed.minimum
 
 
 def _leaves(session: Session, ids: Identifiers, salts: bytes) -> Array:
@@ -161,7 +167,7 @@ def _reveal_seed(session: Session, ours: bytes, commitments: dict[str, bytes]) -
     return joint_seed(session.id, [shares[party.name] for party in session.agreement.ring])
 
 
-def _unambiguous(key: Key, rows: Array, rest: Array) -> Array:
+def unambiguous(key: Key, rows: Array, rest: Array) -> Array:
     """Those of the entries `rest` that have this key, and have it alone: two rows of one key cannot be told apart."""
     having = rest[key.usable[rows[rest]]]
     order, begins = sorted_groups(key.prints[rows[having]])

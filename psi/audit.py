@@ -28,7 +28,7 @@ from parties.party_file import Party
 from parties.sealing import unseal
 from parties.tables import Source, read_table
 from parties.workers import Workers
-from psi.align import _unambiguous
+from psi.align import unambiguous
 from psi.commitment import HASH_BYTES, leaf, paths, root, root_of_path, salts, sample
 from psi.escrow import ESCROW, Escrow, EscrowedStep
 from psi.group import shuffle_order
@@ -229,7 +229,7 @@ def _replay(report: Report, sealed: bytes, compliance: Identity, ids: Identifier
     if not same:
         return
     for number, (secrets, key) in enumerate(zip(escrow.steps, ids.keys, strict=True)):
-        entries, decoys = _unambiguous(key, ids.rows, rest), report.steps[number].decoys
+        entries, decoys = unambiguous(key, ids.rows, rest), report.steps[number].decoys
         ours = InputSet(escrow.session, number, key, ids.rows[entries], decoys, secrets.decoys)
         yield _same_set(report, ours)
         yield _same_points(report, ours, secrets, workers)

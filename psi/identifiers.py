@@ -54,13 +54,15 @@ class Identifiers:
 
     `rows[i]` is the row of the table (from 0) that stands for the i-th; `groups[row]` is the i of which a row of the
     table is a repetition or itself, -1 where it takes no part. `counts` holds rows: read, empty, invalid, duplicate
-    (set aside) and kept; read is the sum of the others.
+    (set aside) and kept; read is the sum of the others. `empty` and `duplicates` are the policies that made them.
     """
 
     keys: tuple[Key, ...]
     rows: NDArray[np.int64] = field(repr=False)
     groups: NDArray[np.int64] = field(repr=False)
     counts: dict[str, int]
+    empty: str = "fail"
+    duplicates: str = "fail"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -143,7 +145,7 @@ def canonical(
             'duplicate ids; remove them, or set duplicates = "first", "last" or "aggregate" in [table]'
         )
     counts = dict(zip(COUNTS, (total, dropped["empty"], dropped["invalid"], again, len(rows)), strict=True))
-    return Identifiers(keys, rows, groups, counts)
+    return Identifiers(keys, rows, groups, counts, empty, duplicates)
 
 
 def _as_text(column: pa.ChunkedArray | Sequence[str | None]) -> pa.ChunkedArray:

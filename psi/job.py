@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,36 +14,20 @@ from parties.agreement import parse_json
 from parties.errors import LocalError
 from parties.files import Scratch, set_aside, write_whole
 from parties.party_file import Party
-from parties.sealing import seal
 from parties.session import Progress, Session, open_session
 from parties.tables import Source, Table, read_table
 from parties.workers import Workers
 from psi import html
 from psi.align import Alignment, align
 from psi.budget import Budget, Use, fingerprints
+from psi.escrow import opening, sealed_escrow
 from psi.identifiers import CHUNK, Identifiers, canonical
 from psi.report import Report, SelfTest, as_file, make_report
 
 ALIGN = "align"
-ESCROW = "psi escrow"  # what a sealed escrow file is sealed for
 EVIDENCE = ("ledger.jsonl", "psi_report.json", "psi_report.html", "psi_opening.bin", "psi_escrow.bin")
 ALIGNED = (*EVIDENCE, "rows.csv", "summary.json")
 Keep = Callable[[Report, Alignment], None]
-
-
-class EscrowedStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The secrets of one step: our masking key, the seed of our set's shuffle, the seed of our decoys."""
-
-    mask: bytes
-    shuffle: bytes
-    decoys: bytes
-
-
-class Escrow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What our compliance team needs to compute again what we sent."""
-
-    session: bytes
-    steps: list[EscrowedStep]
 
 
 @dataclass(frozen=True)
@@ -137,13 +120,10 @@ class House:
         """Write the report, its page, what opens our commitment and, if our policy says so, the escrow."""
         write_whole(self.path("psi_report.json"), as_file(report))
         write_whole(self.path("psi_report.html"), html.render(report).encode())
-        secrets = alignment.secrets
-        write_whole(self.path("psi_opening.bin"), secrets.salts + secrets.leaves.tobytes(), mode=0o600)
+        write_whole(self.path("psi_opening.bin"), opening(alignment.secrets), mode=0o600)
         if self.escrow is not None:
-            plain = msgspec.msgpack.encode(
-                Escrow(bytes.fromhex(report.session), [EscrowedStep(*step) for step in secrets.steps])
-            )
-            write_whole(self.path("psi_escrow.bin"), seal(self.escrow, plain, ESCROW), mode=0o600)
+            sealed = sealed_escrow(self.escrow, bytes.fromhex(report.session), alignment)
+            write_whole(self.path("psi_escrow.bin"), sealed, mode=0o600)
 
 
 def offered(key: bytes, ids: Identifiers) -> NDArray[np.uint64]:
@@ -171,14 +151,11 @@ def intersect(
         spent = house.spend(session, ids) if house else []
         alignment = align(session, ids, minimum=minimum)
     with session.phase("report"):
-        choice = house.party.file.table if house else None
         report = make_report(
             session,
             alignment,
             ids,
             columns=house.party.id_columns if house else None,
-            empty=choice.empty if choice else "fail",
-            duplicates=choice.duplicates if choice else "fail",
             minimum=minimum,
             escrow=house.escrow.fingerprint if house and house.escrow else "",
             budget=spent,

@@ -14,6 +14,7 @@ from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity
 from parties.ledger import check_ledger
+from parties.session import transcript_statement
 from psi.report import Check, Report
 
 Keys = dict[str, PublicIdentity]
@@ -121,9 +122,8 @@ def _closing(report: Report, keys: Keys, lines: list[_Line]) -> Check:
     for peer in report.transcripts:
         closing, theirs = closings.get(peer, _Line()), keys[peer].key_id
         sent, received = from_hex(closing.sent), from_hex(closing.received)
-        halves = [(ours, sent), (theirs, received)]  # the one whose key id is smaller comes first
-        statement = b"".join(part for column in zip(*sorted(halves), strict=True) for part in column)
-        stands = signed(keys[peer], "transcript", bytes.fromhex(report.session) + statement, closing.signature)
+        statement = transcript_statement(bytes.fromhex(report.session), ours, theirs, sent, received)
+        stands = signed(keys[peer], "transcript", statement, closing.signature)
         if not stands or closing.sent != _transcript(messages, peer):
             odd.append(peer)
     return ask(name, odd)

@@ -21,7 +21,7 @@ from parties.agreement import Agreement, parse_json
 from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity, check_name
-from parties.session import TRAIN
+from psi.align import least_rows
 from psi.exchange import Flow, Way, What
 from psi.hash_to_curve import TAG
 from psi.inputs import CANARIES, decoys_for
@@ -232,7 +232,7 @@ def _odd_rows(report: Report) -> Iterator[str]:
 
 def _odd_steps(report: Report) -> Iterator[str]:
     agreed, rest, total = report.governance.intersection, report.input.rows.kept, 0
-    smallest = agreed.minimum if report.task == TRAIN else agreed.minimum_to_score
+    smallest = least_rows(agreed, report.task)
     least, cap = CANARIES + agreed.decoys, CANARIES + agreed.decoys + agreed.maximum_rows + agreed.bucket - 1
     for number, step in enumerate(report.steps, 1):
         sizes, ids = step.set_sizes, step.set_sizes[report.party] - CANARIES - step.decoys

@@ -24,7 +24,7 @@ def test_the_demo_reaches_the_centralised_model(tmp_path):
     assert summary["key_bits"] == 3072 and summary["scheme"] == "paillier"
     assert summary["parties"] == ["clinic", "laboratory", "imaging"]
     assert 0 < summary["seconds"] <= time.monotonic() - start
-    assert set(summary["seconds_by_phase"]) == {"agree", "align", "train", "score", "close"}
+    assert set(summary["seconds_by_phase"]) == {"agree", "align", "report", "train", "score", "close"}
     for name in summary["parties"]:
         sent = summary["bytes_sent"][name]
         assert sent["MaskedPoints"] > 0 and ("SealedResidual" in sent) == (name == "clinic")

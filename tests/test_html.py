@@ -69,8 +69,6 @@ def reports(count: int, rows: int = 300, *, full: bool = True, **tables: Any) ->
                 alignment,
                 ids,
                 columns={field: f"crm_{field}" for field in columns},
-                empty="drop",
-                duplicates="first",
                 escrow="0123-4567-89ab-cdef-0123-4567-89ab-cdef" if full else "",
                 budget=use if full else None,
                 selftest=REHEARSAL if full else None,

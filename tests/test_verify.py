@@ -64,11 +64,10 @@ def write_reports(
     names = [party.name for party in agreement.parties]
 
     def role(session: Session) -> Report:
-        policy = {"duplicates": "first", "empty": "drop"}
-        ids = canonical_ids(tables[session.name], agreement.identifiers, **policy)
+        ids = canonical_ids(tables[session.name], agreement.identifiers, duplicates="first", empty="drop")
         alignment = align(session, ids, randomness=Stream(session.name))
         facts = {what: fact(session) if callable(fact) else fact for what, fact in given.items()}
-        return make_report(session, alignment, ids, **policy, **facts)
+        return make_report(session, alignment, ids, **facts)
 
     def ledger(owner: Any, path: None, allowed: frozenset[str]) -> Ledger:
         return Ledger(owner, folder / owner.name / "ledger.jsonl", allowed)
@@ -167,7 +166,7 @@ def test_other_settings_pass(intersection: Plain, tmp_path: Path) -> None:
 
 def test_another_task_has_its_own_minimum(tmp_path: Path) -> None:
     agreement = agree(2, intersection={"minimum": 35, "minimum_to_score": 30})
-    paths = write_reports(tmp_path, agreement, task="predict")
+    paths = write_reports(tmp_path, agreement, task="score with it")
     assert load_report(paths["bank"]).size == 30
     assert failed(list(paths.values()), agreement) == []
     edit(paths["bank"], lambda plain: plain.update(task="train"), sign="bank")
@@ -660,7 +659,7 @@ def test_a_countersignature_by_a_key_that_is_not_the_peers_own_is_found(run: Any
 
 
 def test_reports_of_two_sessions_under_one_agreement_do_not_pass_together(written: Any, tmp_path: Path) -> None:
-    again = write_reports(tmp_path / "again", AGREEMENTS[2], task="predict")
+    again = write_reports(tmp_path / "again", AGREEMENTS[2], task="score with it")
     names = failed([written[2]["bank"], again["grocer"]])
     assert {"all reports: same session", "what bank sent to grocer is what arrived"} <= set(names)
 
@@ -782,7 +781,7 @@ def test_another_partys_ledger_is_found(run: Any) -> None:
 
 def test_our_own_sealed_ledger_of_another_session_is_found(run: Any, tmp_path: Path) -> None:
     path = run(2)["bank"]
-    again = write_reports(tmp_path / "again", AGREEMENTS[2], task="predict")["bank"]
+    again = write_reports(tmp_path / "again", AGREEMENTS[2], task="score with it")["bank"]
     shutil.copy(again.with_name("ledger.jsonl"), path.with_name("ledger.jsonl"))
     assert failed([path]) == [CHAIN]
 
@@ -823,7 +822,7 @@ REWRITTEN: dict[str, tuple[Callable[[list[Plain]], list[Plain]], list[str]]] = {
     "bytes": (line_with(5, bytes=7), ["it records the traffic"]),
     "class": (line_with(5, **{"class": "plaintext"}), ["only aggregate, control, masked"]),
     "session": (line_with(1, session="00" * 32), ["it opens with this session"]),
-    "task": (line_with(1, task="predict"), ["it opens with this session"]),
+    "task": (line_with(1, task="score with it"), ["it opens with this session"]),
     "a later message": (line_with(13, digest="00" * 32), ["every peer signed"]),
     "bytes as text": (line_with(5, bytes="7"), ["its chain"]),
     "no opening": (line_with(1, event="begun"), ["it opens with this session"]),

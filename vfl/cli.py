@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from psi.hygiene import survey
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from parties.agreement import Agreement
@@ -25,6 +25,7 @@ from parties.party_file import Party
 from parties.tables import Source
 from parties.tables import Table as DataTable
 from psi import job
+from psi.hygiene import survey
 from psi.job import House, Prepared, prepare
 from psi.selftest import rehearse
 from vfl.console import Watcher, err, frames, logging_to, out
@@ -166,7 +167,7 @@ def _hygiene(party: Party, table: DataTable) -> None:
         shown.add_column(title, justify="right")
     for one in found.fields:
         numbers = (one.empty, one.refused, one.changed, one.distinct, one.digits_only, one.with_letters)
-        shown.add_row(one.column, one.rule, *(f"{number:,}" for number in numbers))
+        shown.add_row(escape(one.column), one.rule, *(f"{number:,}" for number in numbers))
     out.print(shown)
     for key in found.keys:
         out.print(
@@ -176,7 +177,7 @@ def _hygiene(party: Party, table: DataTable) -> None:
             highlight=False,
         )
     for remark in found.remarks:
-        out.print(f"note: {remark}", soft_wrap=True, highlight=False)
+        out.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _model_rows(party: Party, prepared: Prepared, cost: Cost, table: Table) -> None:
@@ -340,7 +341,7 @@ def verify(
     for one in checks:
         detail = f"  ({one.detail})" if one.detail else ""
         mark = f"[{COLOURS[one.status]}]{one.status:<7}[/]"
-        out.print(f"{mark} {one.name}{detail}", soft_wrap=True, highlight=False)
+        out.print(f"{mark} {escape(one.name + detail)}", soft_wrap=True, highlight=False)
     failed, skipped = (sum(one.status == status for one in checks) for status in ("FAIL", "NOT RUN"))
     if failed:
         raise LocalError(f"{failed} of {len(checks)} checks failed")

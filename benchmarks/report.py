@@ -1,0 +1,106 @@
+"""One table of what the benchmarks measured: figure, value, what is wanted, whether it is met, and with which keys.
+
+    python benchmarks/report.py out/bench-exchange.json out/bench-psi.json
+
+Each file is what `--json` of `exchange.py` or `psi.py` wrote. Exit code 1 when a figure is missed or was not measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SHARED = 0.05  # of the CPU time used by anybody: more of it by others spoils a measurement
+DRIFT = 0.1  # between two measurements of the parts
+WORDS = {True: "[green]yes", False: "[bold red]NO", None: "[yellow]not measured"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure; `met` is None where it was not measured."""
+
+    figure: str
+    size: str
+    value: str
+    wanted: str
+    met: bool | None
+    keys: str
+
+
+def of_exchange(found: dict[str, Any]) -> list[Row]:
+    ratio, size = found["ratio"], f"{found['rows']:,} rows x {found['columns']}"
+    keys = f"Paillier, {found['bits']} bit"
+    return [Row("encrypted exchange, phe's time / ours", size, f"{ratio:.1f}", ">= 10", ratio >= 10, keys)]
+
+
+def of_psi(found: dict[str, Any]) -> list[Row]:
+    curve = f"{found['suite']}, 255 bit"
+    told = {  # figure: what it is, how it is written, keys
+        "cpu_over_parts": ("PSI, CPU / its parts", "{:.2f}", 1.0, curve),
+        "cpu_over_openmined": ("PSI, CPU / openmined-psi's", "{:.2f}", 1.0, f"{curve}; theirs P-256, 256 bit"),
+        "wall_over_half_cpu": ("PSI, time / half the CPU", "{:.2f}", 1.0, curve),
+        "bytes_1m": ("PSI, bytes both ways", "{:.2f} MB", 1e6, curve),
+        "rss_mb": ("PSI, memory of a party", "{:.0f} MB", 1.0, curve),
+        "ro_over_two_maps": ("hash to curve / two maps", "{:.2f}", 1.0, curve),
+    }
+    rows = []
+    for name, (what, form, unit, keys) in told.items():
+        value, wanted, size = found[name], found["wanted"][name], found["measured_at"].get(name)
+        rows.append(
+            Row(
+                what,
+                "" if size is None else f"{size:,} ids a side",
+                "" if value is None else form.format(value / unit),
+                f"<= {form.format(wanted / unit)}",
+                None if value is None else value <= wanted,
+                keys,
+            )
+        )
+    return rows
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return [Row(f"{path.name} is missing", "", "", "", None, "")]
+    found = json.loads(path.read_text())
+    return of_psi(found) if "cpu_over_parts" in found else of_exchange(found)
+
+
+def notes_of(path: Path) -> list[str]:
+    """What a reader must know before he believes a figure."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    notes = []
+    if "parts_us" in found:
+        before, after = (sum(found["parts_us"][when].values()) for when in ("before", "after"))
+        if abs(before / after - 1) > DRIFT:
+            notes.append(f"PSI: its parts took {abs(before / after - 1):.0%} more or less after the run than before")
+    for run in found.get("runs", {}).values():
+        if run["others_share"] > SHARED:
+            notes.append(
+                f"PSI, {run['ids']:,} ids a side: other processes took {run['others_share']:.0%} of the CPU time used; "
+                "repeat on a quiet machine"
+            )
+    return notes
+
+
+def main() -> None:
+    rows = [row for name in sys.argv[1:] for row in read(Path(name))]
+    notes = [note for name in sys.argv[1:] for note in notes_of(Path(name))]
+    table = Table(title="Benchmarks", title_justify="left", caption="\n".join(notes), caption_justify="left")
+    for title in ("figure", "size", "value", "wanted", "met", "keys"):
+        table.add_column(title, justify="right" if title in ("value", "wanted") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(row.figure, row.size, row.value, row.wanted, WORDS[row.met], row.keys)
+    console = Console()
+    Console(width=max(console.width, 150)).print(table)
+    sys.exit(0 if all(row.met for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError
 
-_MISSING = pa.array(["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"])
+_MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _INFINITE = r"(?i)^[+-]?inf(inity)?$"
 
@@ -86,7 +86,8 @@ def as_text(column: pa.Array) -> pa.Array:
         column = pc.binary_join_element_wise(_iso(column.cast(pa.timestamp(column.type.unit, "UTC"))), "Z", "")
     elif word == "uuid":
         column = _uuid(column.storage)
-    return pc.fill_null(column.cast(pa.string()), "")
+    text = column.cast(pa.string())
+    return pc.fill_null(text, "") if text.null_count else text
 
 
 def _plain(column: pa.Array) -> pa.Array:
@@ -161,7 +162,7 @@ def _parse(text: pa.Array) -> tuple[pa.Array, int]:
             return values, text.null_count
     except pa.ArrowInvalid:  # its text shows the value
         pass
-    text = pc.if_else(pc.is_in(text, _MISSING), None, text)
+    text = pc.if_else(pc.is_in(text, pa.array(_MISSING)), None, text)
     trimmed = pc.ascii_trim(text, " \t\n\v\f\r")
     number = pc.or_(pc.match_substring_regex(trimmed, _NUMBER), pc.match_substring_regex(text, _INFINITE))
     return pc.if_else(number, trimmed, None).cast(pa.float64()), text.null_count

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from gmpy2 import legendre, mpz, powmod, powmod_base_list  # type: ignore[import-untyped, unused-ignore]
+from nacl.bindings import crypto_scalarmult
 
 from psi.hash_to_curve import (
     BATCH,
@@ -113,12 +113,13 @@ class Curve25519:
             ValueError: a product is zero, because its point was of small order (RFC 7748, 6.1); a scalar that has not
                 32 bytes.
         """
-        key, raw = X25519PrivateKey.from_private_bytes(scalar), split(points)
-        masked: list[bytes] = []
+        if len(scalar) != 32:  # libsodium reads as many without asking
+            raise ValueError(f"a scalar has 32 bytes, not {len(scalar)}")
+        raw, masked = split(points), list[bytes]()
         try:
             for point in raw:
-                masked.append(key.exchange(X25519PublicKey.from_public_bytes(point)))
-        except ValueError:
+                masked.append(crypto_scalarmult(scalar, point))
+        except RuntimeError:
             raise ValueError(f"the point at position {len(masked)} of {len(raw)} is of small order") from None
         return rows(masked)
 

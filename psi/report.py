@@ -26,7 +26,7 @@ from psi.identifiers import Identifiers
 from psi.inputs import CANARIES
 from psi.messages import Countersignature, ReportDigest
 
-VERSIONS = ("colonnade", "cryptography", "gmpy2", "msgspec", "numpy", "phonenumbers", "pyarrow", "pyzmq")
+VERSIONS = ("colonnade", "cryptography", "gmpy2", "msgspec", "numpy", "phonenumbers", "pyarrow", "pynacl", "pyzmq")
 HEADER = 300  # bytes of a message beside its array, at most
 Status = Literal["PASS", "FAIL", "NOT RUN"]
 

@@ -433,6 +433,7 @@ def test_progress_counts_the_rows_so_far(small_chunks: None, tmp_path: Path) -> 
 
 MEASURE = """
 import sys
+import pandas  # pyarrow loads it when it converts values
 from pathlib import Path
 from parties.files import Scratch
 from parties.tables import Source, read_table

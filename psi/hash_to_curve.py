@@ -5,7 +5,8 @@ Arithmetic is not constant in time: the ids are ours, and so is the machine. No 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from hashlib import sha256, sha512
 from itertools import accumulate
 from secrets import SystemRandom
@@ -25,31 +26,44 @@ TAG = b"Colonnade-PSI-V01-CS01-with-"  # the domain separation tag of a suite is
 _HASHES = {"sha256": (sha256, 32, 64), "sha512": (sha512, 64, 128)}  # bytes of a digest, of an input block
 
 
-def expand_message_xmd(message: bytes, dst: bytes, length: int, hash_name: str) -> bytes:
-    """`length` uniform bytes from a message and a domain separation tag (RFC 9380, 5.3.1 and 5.3.3).
-
-    Raises:
-        ValueError: a length that the RFC does not allow (1 .. 255 digests, at most 65535), an empty tag.
-    """
+@lru_cache(maxsize=16)
+def _expander(dst: bytes, length: int, hash_name: str) -> Callable[[bytes], bytes]:
+    """`expand_message_xmd` for one tag and length: what does not depend on the message is computed once."""
     digest, size, block_size = _HASHES[hash_name]
     if not 0 < length <= min(255 * size, 65535) or not dst:
         raise ValueError(f"cannot expand to {length} bytes with {hash_name} and a tag of {len(dst)} bytes")
     if len(dst) > 255:
         dst = digest(b"H2C-OVERSIZE-DST-" + dst).digest()
     tag = dst + bytes([len(dst)])
-    first = digest(bytes(block_size) + message + length.to_bytes(2, "big") + b"\0" + tag).digest()
-    out = block = digest(first + b"\1" + tag).digest()
-    salt = int.from_bytes(first, "big")
-    for i in range(2, -(-length // size) + 1):
-        mixed = (salt ^ int.from_bytes(block, "big")).to_bytes(size, "big")
-        block = digest(mixed + bytes([i]) + tag).digest()
-        out += block
-    return out[:length]
+    pad, end = bytes(block_size), length.to_bytes(2, "big") + b"\0" + tag
+    first_end, *ends = [bytes([i]) + tag for i in range(1, -(-length // size) + 1)]
+
+    def expand(message: bytes) -> bytes:
+        first = digest(pad + message + end).digest()
+        out = block = digest(first + first_end).digest()
+        salt = int.from_bytes(first, "big")
+        for block_end in ends:
+            block = digest((salt ^ int.from_bytes(block, "big")).to_bytes(size, "big") + block_end).digest()
+            out += block
+        return out[:length]
+
+    return expand
+
+
+def expand_message_xmd(message: bytes, dst: bytes, length: int, hash_name: str) -> bytes:
+    """`length` uniform bytes from a message and a domain separation tag (RFC 9380, 5.3.1 and 5.3.3).
+
+    Raises:
+        ValueError: a length that the RFC does not allow (1 .. 255 digests, at most 65535), an empty tag.
+    """
+    return _expander(dst, length, hash_name)(message)
 
 
 def hash_to_field(message: bytes, dst: bytes, p: Field, length: int, hash_name: str, count: int = 2) -> list[Field]:
     """`count` elements of the field of p, each from `length` bytes, 128 bits more than p: no bias (RFC 9380, 5.2)."""
-    uniform = expand_message_xmd(message, dst, length * count, hash_name)
+    uniform = _expander(dst, length * count, hash_name)(message)
+    if count == 2:
+        return [mpz.from_bytes(uniform[:length], "big") % p, mpz.from_bytes(uniform[length:], "big") % p]
     return [mpz.from_bytes(uniform[i : i + length], "big") % p for i in range(0, length * count, length)]
 
 

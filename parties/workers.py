@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from parties.errors import LocalError
 
@@ -13,6 +15,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 DASK = "dask://"
 CONNECT = 20.0  # seconds for a Dask scheduler to answer
+# A run that stops half-way leaves work undone: the user hears why it stopped, not that.
+warnings.filterwarnings("ignore", message=r"\d+ tasks ", module="joblib")
 
 
 class Workers:
@@ -49,12 +53,21 @@ class Workers:
                 n_jobs=self.count, return_as="generator", pre_dispatch="2*n_jobs", batch_size=1, max_nbytes=None
             )
             results: Iterator[R] = parallel(delayed(work)(item) for item in items)
-        return results
+        return _watched(results)
 
     def close(self) -> None:
         """Leave the cluster, if any; processes of this machine end by themselves."""
         if self._client is not None:
             self._client.close()
+
+
+def _watched(results: Iterator[R]) -> Iterator[R]:
+    try:
+        yield from results
+    except TerminatedWorkerError:
+        raise LocalError(
+            "one of our worker processes was ended from outside, perhaps for lack of memory; set fewer workers"
+        ) from None
 
 
 def _connect(address: str) -> Any:

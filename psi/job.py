@@ -119,11 +119,11 @@ class House:
     def keep(self, report: Report, alignment: Alignment) -> None:
         """Write the report, its page, what opens our commitment and, if our policy says so, the escrow."""
         write_whole(self.path("psi_report.json"), as_file(report))
-        write_whole(self.path("psi_report.html"), html.render(report).encode())
         write_whole(self.path("psi_opening.bin"), opening(alignment.secrets), mode=0o600)
         if self.escrow is not None:
             sealed = sealed_escrow(self.escrow, bytes.fromhex(report.session), alignment)
             write_whole(self.path("psi_escrow.bin"), sealed, mode=0o600)
+        write_whole(self.path("psi_report.html"), html.render(report).encode())
 
 
 def offered(key: bytes, ids: Identifiers) -> NDArray[np.uint64]:

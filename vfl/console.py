@@ -148,6 +148,7 @@ def logging_to(path: Path) -> Iterator[tuple[logging.Logger, list[str]]]:
         log.error("%s: %s", type(error).__name__, error)
         raise
     except KeyboardInterrupt:
+        log.removeHandler(screen)
         log.error("interrupted")
         raise
     except Exception as error:

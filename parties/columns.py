@@ -68,10 +68,11 @@ def check_text(place: str, name: str, stored: pa.DataType, what: str) -> None:
         raise LocalError(f"{place}, column {name!r}: {what} are stored as {stored}; store them as text")
 
 
-def as_text(column: pa.Array) -> pa.Array:
+def as_text(place: str, name: str, column: pa.Array) -> pa.Array:
     """Text as written, whole numbers in digits, dates and timestamps in ISO 8601; "" where it is empty.
 
-    A fraction of a second loses its trailing zeros; a timestamp with a zone becomes UTC and ends in Z.
+    A fraction of a second loses its trailing zeros; a timestamp with a zone becomes UTC and ends in Z. Raises
+    LocalError for text that is not UTF-8: Parquet promises it, but not every writer keeps that.
     """
     column, word = _plain(column), kind(column.type)
     if word == "truth value":
@@ -86,7 +87,11 @@ def as_text(column: pa.Array) -> pa.Array:
         column = pc.binary_join_element_wise(_iso(column.cast(pa.timestamp(column.type.unit, "UTC"))), "Z", "")
     elif word == "uuid":
         column = _uuid(column.storage)
-    text = column.cast(pa.string())
+    try:
+        text = column.cast(pa.string())
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        raise LocalError(f"{place}, column {name!r}: the text is not UTF-8; write it as UTF-8") from None
     return pc.fill_null(text, "") if text.null_count else text
 
 

@@ -145,7 +145,9 @@ def read_table(
             for name in texts:
                 check_text(place, name, batch.schema.field(name).type, "labels" if name == label else "ids")
             arrays = [
-                faults.numbers(name, batch.column(name)) if name in features else as_text(batch.column(name))
+                faults.numbers(name, batch.column(name))
+                if name in features
+                else as_text(place, name, batch.column(name))
                 for name in columns
             ]
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)

@@ -79,6 +79,16 @@ def test_csv_ids_are_text_as_written(tmp_path: Path) -> None:
     assert ids(table(tmp_path, text)) == STRANGE_IDS
 
 
+def test_parquet_text_that_is_not_utf8_is_refused_without_a_quotation(tmp_path: Path) -> None:
+    spoilt = pa.Array.from_buffers(
+        pa.string(), 2, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0"), pa.py_buffer(b"ab\xff\xfe")]
+    )
+    pq.write_table(pa.table({"id": spoilt}), tmp_path / "t.parquet")
+    with pytest.raises(LocalError, match=r"t.parquet, column 'id': the text is not UTF-8; write it as UTF-8") as caught:
+        read_table(Source(tmp_path / "t.parquet"), ["id"])
+    assert "xff" not in str(caught.value)
+
+
 def test_parquet_ids_are_text_as_stored(tmp_path: Path) -> None:
     numbers = list(range(len(STRANGE_IDS)))
     assert ids(table(tmp_path, {"id": STRANGE_IDS, "x": numbers})) == STRANGE_IDS

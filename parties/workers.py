@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 from joblib import Parallel, cpu_count, delayed, parallel_config
@@ -15,8 +17,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 DASK = "dask://"
 CONNECT = 20.0  # seconds for a Dask scheduler to answer
-# A run that stops half-way leaves work undone: the user hears why it stopped, not that.
-warnings.filterwarnings("ignore", message=r"\d+ tasks ", module="joblib")
 
 
 class Workers:
@@ -32,6 +32,7 @@ class Workers:
 
     def __init__(self, setting: int | str = 1) -> None:
         self._client: Any = None
+        self._threads = ThreadPoolExecutor(4, "workers")  # joblib blocks its caller; started on first use
         if isinstance(setting, str):
             self._client = _connect(setting.removeprefix(DASK))
             self.count = max(1, sum(self._client.ncores().values()))
@@ -39,35 +40,62 @@ class Workers:
             self.count = setting or cpu_count()
 
     def map(self, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`map(work, items)` in order. With several workers it starts at once and keeps two items a worker in flight;
-        several maps may run at the same time. With one it is Python's own `map`.
+        """`map(work, items)` in order. With several workers at most four items a worker are in flight or wait to be
+        taken, however slowly they are; `items` is read in the caller's thread, and several maps may run at once. With
+        one worker it is Python's own `map`.
 
         `work` must be a module-level function (or a `functools.partial` of one). To processes of this machine items
         travel over local pipes, never through files (joblib would map large arrays to disk).
         """
         if self.count == 1 and self._client is None:
             return map(work, items)
+        return self._in_groups(work, iter(items))
+
+    def _in_groups(self, work: Callable[[T], R], items: Iterator[T]) -> Iterator[R]:
+        """While one group of items is worked on, the next one is read."""
+        started: deque[Future[list[R | Exception]]] = deque()
+        while group := list(islice(items, 2 * self.count)):
+            started.append(self._threads.submit(self._run, work, group))
+            if len(started) > 1:
+                yield from _results(started.popleft())
+        while started:
+            yield from _results(started.popleft())
+
+    def _run(self, work: Callable[[T], R], group: list[T]) -> list[R | Exception]:
         backend = {"backend": "loky"} if self._client is None else {"backend": "dask", "client": self._client}
         with parallel_config(**backend):
-            parallel = Parallel(
-                n_jobs=self.count, return_as="generator", pre_dispatch="2*n_jobs", batch_size=1, max_nbytes=None
-            )
-            results: Iterator[R] = parallel(delayed(work)(item) for item in items)
-        return _watched(results)
+            parallel = Parallel(n_jobs=self.count, pre_dispatch="all", batch_size=1, max_nbytes=None)
+            results: list[R | Exception] = parallel(delayed(_attempt)(work, item) for item in group)
+        return results
 
     def close(self) -> None:
         """Leave the cluster, if any; processes of this machine end by themselves."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self._client is not None:
             self._client.close()
 
 
-def _watched(results: Iterator[R]) -> Iterator[R]:
+def _attempt(work: Callable[[T], R], item: T) -> R | Exception:
+    """An error is a result like others: joblib would end the workers under the other map that runs."""
     try:
-        yield from results
-    except TerminatedWorkerError:
+        return work(item)
+    except Exception as error:
+        return error
+
+
+def _results(group: Future[list[R | Exception]]) -> Iterator[R]:
+    try:
+        results = group.result()
+    except Exception as error:
+        if not (isinstance(error, TerminatedWorkerError) or type(error).__module__.startswith("distributed.")):
+            raise
         raise LocalError(
             "one of our worker processes was ended from outside, perhaps for lack of memory; set fewer workers"
         ) from None
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        yield result
 
 
 def _connect(address: str) -> Any:

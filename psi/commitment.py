@@ -165,6 +165,11 @@ def _split(rows: Bytes) -> list[bytes]:
     return whole
 
 
+def input_root(count: int, root: bytes) -> bytes:
+    """The commitment to an input of so many leaves, as it is sent and reported: a root does not tell how many."""
+    return sha256(b"colonnade/psi/input/1" + framed(count.to_bytes(8, "big"), root)).digest()
+
+
 # ---- audit of a sample
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from parties.workers import Workers
 from psi.group import check_distinct, shuffle_order, token_width
 from psi.inputs import CANARIES, InputSet
 from psi.masking import check_and_mask, check_mask_and_hide, hash_and_mask
-from psi.messages import PART, MaskedPoints, SetSize, Tokens, part_count, parts
+from psi.messages import PART, MaskedPoints, Seen, SetSize, Tokens, part_count, parts
 
 Randomness = Callable[[int], bytes]
 Way = Literal["sent", "received"]
@@ -52,15 +51,23 @@ class Ring:
     names: list[str]
     place: int
     step: int = 0
+    told: bytes = b""  # digest of what everybody has committed to
     sizes: list[int] = field(default_factory=list)
     shuffles: dict[int, Array] = field(default_factory=dict, repr=False)
     flows: list[Flow] = field(default_factory=list)
     done: int = 0
 
     @classmethod
-    def of(cls, session: Session, step: int = 0) -> Ring:
+    def of(cls, session: Session, step: int = 0, told: bytes = b"") -> Ring:
         names = [party.name for party in session.agreement.ring]
-        return cls(session, names, names.index(session.name), step)
+        return cls(session, names, names.index(session.name), step, told)
+
+    @property
+    def judge(self) -> int:
+        """Who gets all tokens and intersects: the hub; but where only the hub is to get rows, the holder of its set,
+        who then decides over the minimum, and has nothing to gain."""
+        hub_only = self.session.agreement.intersection.result == "rows to the label holder"
+        return len(self.names) - 1 if hub_only else 0
 
     def at(self, offset: int) -> int:
         """The place `offset` steps onward from ours."""
@@ -113,7 +120,7 @@ def masked_exchange(
     width = token_width(sum(ring.sizes))
     order = ring.shuffles[ring.place] = shuffle_order(len(ours), shuffle).astype(np.uint32)
     inputs = (ours.take(piece) for piece in parts(order))
-    outgoing = _counted(ring, ring.workers.map(partial(hash_and_mask, agreed.suite, key), inputs))
+    outgoing = _counted(ring, _ours(ring.workers.map(partial(hash_and_mask, agreed.suite, key), inputs)))
     for hop in range(1, len(ring.names)):
         owner, last = ring.at(-hop), hop == len(ring.names) - 1
         order = ring.shuffles[owner] = shuffle_order(ring.sizes[owner], randomness(32)).astype(np.uint32)
@@ -125,11 +132,11 @@ def masked_exchange(
             else partial(check_and_mask, agreed.suite, key)
         )
         current = session.scratch.array((len(order), width if last else 32), np.uint8)
-        incoming, landed = _swap(ring, outgoing, ring.at(1 - hop), owner), 0
-        with blame(ring.previous.peer):  # the channels name whom they blame themselves
-            for piece in _counted(ring, _in_groups(ring.workers, work, incoming)):
-                current[place[landed : landed + len(piece)]] = piece
-                landed += len(piece)
+        masked, landed = _theirs(ring, ring.workers.map(work, _swap(ring, outgoing, ring.at(1 - hop), owner))), 0
+        for piece in _counted(ring, masked):
+            current[place[landed : landed + len(piece)]] = piece
+            landed += len(piece)
+        with blame(ring.previous.peer):
             check_distinct(current)
         outgoing = parts(current)
     return current
@@ -145,9 +152,19 @@ def _announce(ring: Ring, points: int) -> None:
     for name, size in announced.items():
         if size > cap:
             raise Refused(f"{name} announces a set of {size} points, above the agreed cap", peer=name)
+        if size < CANARIES + agreed.decoys:
+            raise ProtocolViolation(
+                f"{name} announces a set of {size} points, fewer than canaries and decoys", peer=name
+            )
         if size % agreed.bucket:
             raise ProtocolViolation(f"{name} announces a set of {size} points, no multiple of the bucket", peer=name)
     ring.sizes = [announced[name] for name in ring.names]
+    counts = b"".join(size.to_bytes(8, "big") for size in ring.sizes)
+    seen = hashlib.sha256(b"colonnade/psi/seen/1" + session.id + ring.step.to_bytes(4, "big") + ring.told + counts)
+    session.broadcast(Seen(seen.digest()))
+    for name, theirs in session.gather(Seen).items():
+        if theirs.digest != seen.digest():
+            raise ProtocolViolation(f"{name} was told other sizes or commitments than we were: a party is lying")
 
 
 def _swap(ring: Ring, outgoing: Iterable[Array], ours: int, theirs: int) -> Iterator[Array]:
@@ -155,35 +172,40 @@ def _swap(ring: Ring, outgoing: Iterable[Array], ours: int, theirs: int) -> Iter
     watched = ring.watch(outgoing, "sent", ring.next.peer, "points", ours)
     stream = (MaskedPoints(ours, piece) for piece in watched)
     arriving = relay(stream, ring.next, part_count(ring.sizes[theirs]), MaskedPoints, ring.previous)
-    yield from ring.watch(
-        _due(arriving, theirs, ring.sizes[theirs], "points"), "received", ring.previous.peer, "points", theirs
-    )
+    due = _due(arriving, ring.previous.peer, theirs, ring.sizes[theirs], "points")
+    yield from ring.watch(due, "received", ring.previous.peer, "points", theirs)
 
 
 def _due(
-    arriving: Iterable[MaskedPoints | Tokens], owner: int, count: int, what: str, width: int = 32
+    arriving: Iterable[MaskedPoints | Tokens], source: str, owner: int, count: int, what: str, width: int = 32
 ) -> Iterator[Array]:
-    """The arrays of the messages that make up one list, as long as it was announced. Raises ValueError."""
+    """The arrays of the messages that make up one list, as long as it was announced."""
     rows = 0
     for message in arriving:
-        if message.owner != owner or message.data.shape[1] != width:
-            raise ValueError(f"{what} of a set that is not due")
         rows += len(message.data)
-        if rows > count:
-            raise ValueError(f"{what}: more than the {count} rows that were announced")
+        with blame(source):
+            if message.owner != owner or message.data.shape[1] != width:
+                raise ValueError(f"{what} of a set that is not due")
+            if rows > count:
+                raise ValueError(f"{what}: more than the {count} rows that were announced")
         yield message.data
-    if rows < count:
-        raise ValueError(f"{what}: {rows} rows where {count} were announced")
+    with blame(source):
+        if rows < count:
+            raise ValueError(f"{what}: {rows} rows where {count} were announced")
 
 
-def _in_groups(workers: Workers, work: Callable[[Array], Array], incoming: Iterator[Array]) -> Iterator[Array]:
-    """`map(work, incoming)`; while the workers are at one group of parts, the next one arrives."""
-    started: Iterator[Array] = iter(())
-    while group := list(islice(incoming, 2 * workers.count)):
-        ahead = workers.map(work, group)
-        yield from started
-        started = ahead
-    yield from started
+def _ours(pieces: Iterator[Array]) -> Iterator[Array]:
+    """Our own set, masked; a fault in it must not look like the peer's."""
+    try:
+        yield from pieces
+    except ValueError as error:
+        raise LocalError(f"cannot mask our own set: {type(error).__name__}") from None
+
+
+def _theirs(ring: Ring, pieces: Iterator[Array]) -> Iterator[Array]:
+    """What the previous party sent, masked; what is wrong with it is that party's fault."""
+    with blame(ring.previous.peer):  # a generator's `with` does not see what its consumer does with a piece
+        yield from pieces
 
 
 def _counted(ring: Ring, pieces: Iterable[Array]) -> Iterator[Array]:
@@ -193,28 +215,28 @@ def _counted(ring: Ring, pieces: Iterable[Array]) -> Iterator[Array]:
 
 
 def gather_tokens(ring: Ring, held: Array) -> list[Array] | None:
-    """Send the tokens that we hold to the hub; the hub collects all k lists, in ring order, and gets them back.
+    """Send the tokens that we hold to the judge; the judge collects all k lists, in ring order, and gets them back.
 
     Reveals:
-        To the hub: for every set a list of tokens that are equal where ids are; it cannot tell whose id a token is.
+        To the judge: for every set a list of tokens that are equal where ids are; it cannot tell whose id a token is.
     Raises:
         ProtocolViolation: a token comes twice within a list, or a list is not as long as announced.
     """
     session, width = ring.session, held.shape[1]
-    if ring.place != 0:
-        hub = session.channels[ring.names[0]]
-        for part in ring.watch(parts(held), "sent", hub.peer, "tokens", ring.at(1)):
-            hub.send(Tokens(ring.at(1), part))
+    if ring.place != ring.judge:
+        judge = session.channels[ring.names[ring.judge]]
+        for part in ring.watch(parts(held), "sent", judge.peer, "tokens", ring.at(1)):
+            judge.send(Tokens(ring.at(1), part))
         return None
-    lists = {1: held}
-    for place in range(1, len(ring.names)):
+    lists = {ring.at(1): held}
+    for place in (place for place in range(len(ring.names)) if place != ring.place):
         holder, owner = session.channels[ring.names[place]], (place + 1) % len(ring.names)
         arriving = (holder.receive(Tokens) for _ in range(part_count(ring.sizes[owner])))
         lists[owner], landed = session.scratch.array((ring.sizes[owner], width), np.uint8), 0
+        due = _due(arriving, holder.peer, owner, ring.sizes[owner], "tokens", width)
+        for piece in ring.watch(due, "received", holder.peer, "tokens", owner):
+            lists[owner][landed : landed + len(piece)] = piece
+            landed += len(piece)
         with blame(holder.peer):
-            due = _due(arriving, owner, ring.sizes[owner], "tokens", width)
-            for piece in ring.watch(due, "received", holder.peer, "tokens", owner):
-                lists[owner][landed : landed + len(piece)] = piece
-                landed += len(piece)
-            check_distinct(lists[owner])
+            check_distinct(lists[owner], "tokens")
     return [lists[owner] for owner in range(len(ring.names))]

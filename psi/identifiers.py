@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from parties import agreement
 from parties.errors import LocalError
-from psi.rules import rule
+from psi.rules import Rule, rule
 
 CHUNK = 65536  # rows that are Python objects at one time
 # What software writes for a large number, 1.23E+10 or 1.23E10; an id such as 1234E5 has neither point nor plus.
@@ -92,10 +92,7 @@ def canonical(
     where = {name: f"{source}, column {(names or {}).get(name, name)!r}" for name in agreed.fields}
     for name, column in arrays.items():
         _refuse_spoilt(column, where[name])
-    try:
-        rules = {name: rule(known) for name, known in agreed.fields.items()}
-    except ValueError as error:
-        raise LocalError(f"the agreement, identifiers: {error}") from None
+    rules = rules_of(agreed)
 
     total = len(next(iter(arrays.values())))
     secret = os.urandom(32)
@@ -145,6 +142,14 @@ def canonical(
         )
     counts = dict(zip(COUNTS, (total, dropped["empty"], dropped["invalid"], again, len(rows)), strict=True))
     return Identifiers(keys, rows, groups, counts, empty, duplicates)
+
+
+def rules_of(agreed: agreement.Identifiers) -> dict[str, Rule]:
+    """The rule of every field. Raises LocalError for one that this version does not know."""
+    try:
+        return {name: rule(known) for name, known in agreed.fields.items()}
+    except ValueError as error:
+        raise LocalError(f"the agreement, identifiers: {error}") from None
 
 
 def _as_text(column: pa.ChunkedArray | Sequence[str | None]) -> pa.ChunkedArray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from parties.agreement import parse_json
 from parties.errors import LocalError
-from parties.files import Scratch, set_aside, write_whole
+from parties.files import Scratch, make_folder, set_aside, write_whole
 from parties.party_file import Party
 from parties.session import Progress, Session, open_session
 from parties.tables import Source, Table, read_table
@@ -22,7 +22,7 @@ from psi.align import Alignment, align
 from psi.budget import Budget, Use, fingerprints
 from psi.escrow import opening, sealed_escrow
 from psi.identifiers import CHUNK, Identifiers, canonical
-from psi.report import Report, SelfTest, as_file, make_report
+from psi.report import Report, SelfTest, as_file, countersigned, make_report
 
 ALIGN = "align"
 EVIDENCE = ("ledger.jsonl", "psi_report.json", "psi_report.html", "psi_opening.bin", "psi_escrow.bin")
@@ -85,24 +85,30 @@ class House:
     def __init__(self, party: Party, prefix: str = "", *, spends: bool = True) -> None:
         self.party, self._prefix = party, prefix
         self.escrow = party.escrow
-        limits = party.file.policy.budget if spends else None
-        self.budget = None if limits is None else Budget(party.output / "budget.sqlite", party.identity, limits)
+        self._limits = party.file.policy.budget if spends else None
 
     def path(self, name: str) -> Path:
         """Where a piece of evidence goes."""
         return self.party.output / f"{self._prefix}{name}"
 
+    @property
+    def _budget(self) -> Budget | None:
+        if self._limits is None:
+            return None
+        make_folder(self.party.output)
+        return Budget(self.party.output / "budget.sqlite", self.party.identity, self._limits)
+
     def check_budget(self, ids: Identifiers) -> list[Use]:
         """What the budget says before anything is sent. Raises Refused."""
-        if self.budget is None:
-            return []
-        return self.budget.check(self._peers(), offered(self.budget.key, ids))
+        budget = self._budget
+        return [] if budget is None else budget.check(self._peers(), offered(budget.key, ids))
 
     def spend(self, session: Session, ids: Identifiers) -> list[Use]:
         """Record this run with every peer, before a point is sent. Raises Refused."""
-        if self.budget is None:
+        budget = self._budget
+        if budget is None:
             return []
-        return self.budget.spend(self._peers(), session.id, session.task, offered(self.budget.key, ids))
+        return budget.spend(self._peers(), session.id, session.task, offered(budget.key, ids))
 
     def _peers(self) -> dict[str, bytes]:
         parties = self.party.agreement.parties
@@ -117,12 +123,19 @@ class House:
         return kept.get(self.party.agreement.digest.hex())
 
     def keep(self, report: Report, alignment: Alignment) -> None:
-        """Write the report, its page, what opens our commitment and, if our policy says so, the escrow."""
-        write_whole(self.path("psi_report.json"), as_file(report))
-        write_whole(self.path("psi_opening.bin"), opening(alignment.secrets), mode=0o600)
+        """Write what opens our commitment, the escrow if our policy says so, and the report."""
+        secrets = alignment.secrets
+        if secrets is None:
+            raise ValueError("this alignment's secrets are gone")
+        write_whole(self.path("psi_opening.bin"), opening(secrets), mode=0o600)
         if self.escrow is not None:
             sealed = sealed_escrow(self.escrow, bytes.fromhex(report.session), alignment)
             write_whole(self.path("psi_escrow.bin"), sealed, mode=0o600)
+        self.write_report(report)
+
+    def write_report(self, report: Report) -> None:
+        """The report, and the page made from it."""
+        write_whole(self.path("psi_report.json"), as_file(report))
         write_whole(self.path("psi_report.html"), html.render(report).encode())
 
 
@@ -144,7 +157,7 @@ def intersect(
     """Align, then report; with `house`, spend from its budget before and keep the evidence as soon as it is there.
 
     Reveals:
-        To every party: what `align` and `make_report` reveal; no more.
+        To every party: what `align` and `countersigned` reveal; no more.
     """
     ids = prepared.ids
     with session.phase("align"):
@@ -161,9 +174,12 @@ def intersect(
             budget=spent,
             selftest=house.rehearsal() if house else None,
         )
-        if house:
+        if house:  # before the peers sign: whoever leaves now takes no evidence with it
             house.keep(report, alignment)
-    return alignment, report
+        report = countersigned(session, report)
+        if house:
+            house.write_report(report)
+    return replace(alignment, secrets=None), report
 
 
 @contextmanager

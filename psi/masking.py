@@ -14,16 +14,19 @@ def hash_and_mask(name: str, scalar: bytes, inputs: Sequence[bytes]) -> Bytes:
     return chosen.mask(chosen.hash_to_points(inputs), scalar)
 
 
-def check_and_mask(name: str, scalar: bytes, points: Bytes) -> Bytes:
-    """Points of another party, (n, 32) uint8, checked and masked. Raises ValueError, which never holds a point."""
+def check_and_mask(name: str, scalar: bytes, points: Bytes, sample: int | None = None) -> Bytes:
+    """Points of another party, (n, 32) uint8, checked and masked. Raises ValueError, which never holds a point.
+
+    All are checked to lie on the curve, since we pass them on and must not be blamed for them; or a random `sample`.
+    """
     chosen = suite(name)
-    chosen.check_points(points)
+    chosen.check_points(points, len(points) if sample is None else sample)
     return chosen.mask(points, scalar)
 
 
 def check_mask_and_hide(name: str, scalar: bytes, session: bytes, width: int, points: Bytes) -> Bytes:
-    """The same, and then as tokens, (n, width) uint8: we are the last to mask them."""
-    return token(check_and_mask(name, scalar, points), session, width)
+    """The same, and then as tokens, (n, width) uint8: we are the last to mask them, and check a sample of 128."""
+    return token(check_and_mask(name, scalar, points, 128), session, width)
 
 
 def salted_leaves(key: bytes, item: tuple[int, Sequence[bytes]]) -> Bytes:

@@ -36,6 +36,18 @@ class SetSize(Message):
             raise ValueError("a set holds at least its canaries and decoys")
 
 
+@kind(112, "control")
+@dataclass(frozen=True, eq=False)
+class Seen(Message):
+    """1. Digest of the commitments and sizes that we were told: everybody must have been told the same."""
+
+    digest: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.digest) != 32:
+            raise ValueError("a digest of 32 bytes")
+
+
 @kind(101, "masked", "|u1", 2)
 @dataclass(frozen=True, eq=False)
 class MaskedPoints(Message):
@@ -79,9 +91,14 @@ class IntersectionSize(Message):
 @kind(104, "control")
 @dataclass(frozen=True, eq=False)
 class Gate(Message):
-    """4. Whether our policy lets the rows be revealed, given the size. 6. That our checks have all passed."""
+    """4. Whether our policy lets the rows be revealed, and the size we were told. 5. That our checks have passed."""
 
     open: bool
+    rows: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rows < 2**32:
+            raise ValueError("not a size")
 
 
 @kind(105, "masked", "<u4", 1)

@@ -86,7 +86,7 @@ class Counts(Part, frozen=True):
 
 
 class Input(Part, frozen=True):
-    """What we put in. `columns` are our names of the agreement's fields; `merkle_root` commits to the ids, salted;
+    """What we put in. `columns` are our names of the agreement's fields; `merkle_root` is that of our salted ids;
     `minimum` is our own, below which we let no row be revealed."""
 
     rows: Counts
@@ -110,7 +110,7 @@ class Traffic(Part, frozen=True):
 
 
 class Keys(Part, frozen=True):
-    """Our masking keys: one a step. They live in this process's memory alone; Python cannot overwrite them there."""
+    """Our masking keys: one a step. They live in the memory of our processes only, which Python cannot overwrite."""
 
     created: int
     escrow: str
@@ -194,13 +194,8 @@ def make_report(
     budget: list[Use] | None = None,
     selftest: SelfTest | None = None,
 ) -> Report:
-    """The report of an alignment, signed by us and countersigned by every peer. `escrow` is the fingerprint of the key
-    to which our masking keys are sealed.
-
-    Reveals:
-        To every peer: the digest of our report, which holds salted and random values that nobody can guess.
-    Raises:
-        ProtocolViolation: a peer's countersignature is wrong.
+    """The report of an alignment, signed by us; `countersigned` adds the peers' signatures. `escrow` is the fingerprint
+    of the key to which our masking keys are sealed.
     """
     agreement, agreed = session.agreement, session.agreement.intersection
     report = Report(
@@ -224,7 +219,7 @@ def make_report(
             columns=dict(columns or {name: name for name in agreement.identifiers.fields}),
             empty=ids.empty,
             duplicates=ids.duplicates,
-            merkle_root=alignment.roots[session.name],
+            merkle_root=alignment.merkle_root,
         ),
         roots=alignment.roots,
         seconds={name: round(value, 3) for name, value in session.seconds.items()},
@@ -247,8 +242,29 @@ def make_report(
         checks=[],
     )
     report = msgspec.structs.replace(report, checks=_checks(report, alignment))
-    signature = session.me.sign("psi-report", canonical(report)).hex()
-    return msgspec.structs.replace(report, signature=signature, countersignatures=_countersigned(session, report))
+    return msgspec.structs.replace(report, signature=session.me.sign("psi-report", canonical(report)).hex())
+
+
+def countersigned(session: Session, report: Report) -> Report:
+    """Our report with the signatures of all peers, each under its digest and what all parties know of the run.
+
+    Reveals:
+        To every peer: the digest of our report, which holds salted and random values that nobody can guess.
+    Raises:
+        ProtocolViolation: a peer's countersignature is wrong: it knows the run otherwise than our report tells it.
+    """
+    ours, known = report_digest(report), common_facts(report)
+    session.broadcast(ReportDigest(ours))
+    for name, theirs in session.gather(ReportDigest).items():
+        statement = countersigned_statement(session.id, name, theirs.digest, known)
+        session.channels[name].send(Countersignature(session.me.sign("psi-countersignature", statement)))
+    signatures, statement = {}, countersigned_statement(session.id, session.name, ours, known)
+    for name, message in session.gather(Countersignature).items():
+        identity = session.agreement.party(name).identity
+        if not identity.signed("psi-countersignature", statement, message.signature):
+            raise ProtocolViolation(f"{name}: its signature under our report is wrong", peer=name)
+        signatures[name] = message.signature.hex()
+    return msgspec.structs.replace(report, countersignatures=signatures)
 
 
 def canonical(report: Report) -> bytes:
@@ -266,24 +282,16 @@ def report_digest(report: Report) -> bytes:
     return hashlib.sha256(b"colonnade/psi/report/2" + canonical(report)).digest()
 
 
-def countersigned_statement(session: bytes, owner: str, digest: bytes) -> bytes:
-    """What a peer signs: in this session, this party committed to this report."""
-    return session + len(owner).to_bytes(4, "big") + owner.encode() + digest
+def common_facts(report: Report) -> bytes:
+    """Digest of what every party knows of the run, whoever's report it is: a peer signs for what it knows itself."""
+    steps = [(step.key, step.set_sizes, step.size) for step in report.steps]
+    facts = (report.agreement, report.task, report.roots, steps, report.size, report.audit_seed)
+    return hashlib.sha256(b"colonnade/psi/facts/1" + msgspec.json.encode(facts, order="sorted")).digest()
 
 
-def _countersigned(session: Session, report: Report) -> dict[str, str]:
-    ours = report_digest(report)
-    session.broadcast(ReportDigest(ours))
-    for name, theirs in session.gather(ReportDigest).items():
-        statement = countersigned_statement(session.id, name, theirs.digest)
-        session.channels[name].send(Countersignature(session.me.sign("psi-countersignature", statement)))
-    signatures, statement = {}, countersigned_statement(session.id, session.name, ours)
-    for name, message in session.gather(Countersignature).items():
-        identity = session.agreement.party(name).identity
-        if not identity.signed("psi-countersignature", statement, message.signature):
-            raise ProtocolViolation(f"{name}: its signature under our report is wrong", peer=name)
-        signatures[name] = message.signature.hex()
-    return signatures
+def countersigned_statement(session: bytes, owner: str, digest: bytes, known: bytes) -> bytes:
+    """What a peer signs: in this session this party committed to this report, and these are the common facts."""
+    return session + len(owner).to_bytes(4, "big") + owner.encode() + digest + known
 
 
 def party_facts(agreement: Agreement, approvals: Mapping[str, bytes]) -> dict[str, PartyFacts]:
@@ -319,16 +327,17 @@ def predicted_arrays(party: str, steps: list[Step], result: str) -> dict[tuple[s
         sizes, k, place = list(step.set_sizes.values()), len(names), names.index(party)
         previous, following = names[(place - 1) % k], names[(place + 1) % k]
         add(following, "MaskedPoints", POINT_BYTES * sum(sizes[(place - hop) % k] for hop in range(k - 1)))
-        if place:
-            add(names[0], "Tokens", token_width(sum(sizes)) * sizes[(place + 1) % k])
+        judge = k - 1 if result == "rows to the label holder" else 0
+        if place != judge:
+            add(names[judge], "Tokens", token_width(sum(sizes)) * sizes[(place + 1) % k])
         list_bytes = 4 * (step.size + CANARIES)
         if result == "rows":
             add(previous, "Positions", (k - 1) * list_bytes)
             if place == 0:
                 for holder in names[1:]:
                     add(holder, "Positions", list_bytes)
-        elif result == "rows to the label holder":
-            add(previous if place else names[-1], "Positions", list_bytes)
+        elif result == "rows to the label holder" and place:
+            add(previous, "Positions", list_bytes)
     return out
 
 

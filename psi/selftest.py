@@ -31,14 +31,14 @@ def rehearse(
     expected: int | None = None,
 ) -> SelfTest:
     """`colonnade selftest` at one party: align synthetic ids that follow from the agreement, or those of `source`, of
-    which `expected` are known to be common. The result is kept for the next report. Spends no budget.
+    which `expected` are known to be common. The result is kept for the next report. Made-up ids spend no budget.
 
     Raises:
         LocalError: only one of `source` and `expected`; the result is wrong (it is kept all the same).
     """
     if (source is None) != (expected is None):
         raise LocalError("a rehearsal on our own file needs both --input FILE and --expect NUMBER")
-    house, approval = House(party, "selftest_", spends=False), party.approval
+    house, approval = House(party, "selftest_", spends=source is not None), party.approval
     if source is None:
         prepared, expected = _synthetic(party)
     else:
@@ -65,7 +65,8 @@ def _synthetic(party: Party) -> tuple[Prepared, int]:
     """Ids that all parties derive from the agreement alone; the first ones in common, the others our own."""
     agreement = party.agreement
     names = [one.name for one in agreement.ring]
-    common = min(max(COMMON, agreement.intersection.minimum), agreement.intersection.maximum_rows)
+    wanted = max(COMMON, agreement.intersection.minimum) * len(agreement.identifiers.cascade)  # the first key's share
+    common = min(wanted, agreement.intersection.maximum_rows)
     own = min(OWN, agreement.intersection.maximum_rows - common)
     seed = hashlib.sha256(b"colonnade/psi/selftest/1" + agreement.digest).digest()
     columns = rehearsal_tables(agreement.identifiers, seed, names.index(party.name), len(names), common, own)

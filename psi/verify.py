@@ -22,6 +22,7 @@ from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity, check_name
 from psi.align import least_rows
+from psi.commitment import input_root
 from psi.exchange import Flow, Way, What
 from psi.hash_to_curve import TAG
 from psi.inputs import CANARIES, decoys_for
@@ -33,6 +34,7 @@ from psi.report import (
     as_file,
     as_predicted,
     canonical,
+    common_facts,
     countersigned_statement,
     false_match_bound,
     party_facts,
@@ -186,7 +188,8 @@ def _differs(report: Report, agreement: Agreement) -> Iterator[str]:
 
 
 def _not_countersigned(report: Report, keys: Keys) -> Iterator[str]:
-    statement = countersigned_statement(bytes.fromhex(report.session), report.party, report_digest(report))
+    session, known = bytes.fromhex(report.session), common_facts(report)
+    statement = countersigned_statement(session, report.party, report_digest(report), known)
     for name in report.transcripts:
         if not signed(keys[name], "psi-countersignature", statement, report.countersignatures.get(name, "")):
             yield name
@@ -203,7 +206,10 @@ def _inconsistent(report: Report) -> Iterator[str]:
         "who sees rows": (report.rows_revealed, result in (["rows"], ["rows", _TO_HUB])[_is_hub(report)]),
         "bound on false matches": (report.false_match_bound, false_match_bound(report.steps)),
         "masking keys": (report.keys.created, len(report.steps)),
-        "our Merkle root": (report.roots[report.party], report.input.merkle_root),
+        "our commitment": (
+            report.roots[report.party],
+            input_root(max(0, report.input.rows.kept), from_hex(report.input.merkle_root)).hex(),
+        ),
         "columns": (set(report.input.columns), set(governance.identifiers.fields)),
     }
     yield from (what for what, (stated, due) in follows.items() if stated != due)
@@ -261,8 +267,9 @@ def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
     lists: list[tuple[Way, str, What, str]] = []
     for hop in range(1, k):
         lists += [("sent", following, "points", at[(1 - hop) % k]), ("received", previous, "points", at[-hop % k])]
-    if place:
-        lists.append(("sent", hub, "tokens", following))
+    judge = k - 1 if result == _TO_HUB else 0
+    if place != judge:
+        lists.append(("sent", names[judge], "tokens", following))
     else:
         lists += [("received", at[holder], "tokens", at[holder + 1]) for holder in range(1, k)]
     if result == "rows" and place:
@@ -273,7 +280,8 @@ def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
         for step in range(1, k):
             lists += [("sent", previous, "positions", at[step]), ("received", following, "positions", at[step + 1])]
     elif result == _TO_HUB:
-        lists += [("sent", previous, "positions", hub), ("received", following, "positions", hub)]
+        lists += [("sent", previous, "positions", hub)] if place else []
+        lists += [("received", following, "positions", hub)] if place != judge else []
     for number, one in enumerate(report.steps):
         for way, peer, what, owner in lists:
             count = one.size + CANARIES if what == "positions" else one.set_sizes[owner]

@@ -28,7 +28,7 @@ from psi.escrow import ESCROW, Escrow, opening, sealed_escrow
 from psi.identifiers import Identifiers, canonical
 from psi.job import House as Premises
 from psi.job import intersect, prepare
-from psi.report import Check, Report, make_report
+from psi.report import Check, Report, countersigned, make_report
 from tests.conftest import IDENTITIES, NAMES, Stream, agree, nonces, parties
 
 COMPLIANCE = Identity._from_secrets("compliance", Stream("c/c")(32), Stream("c/s")(32))
@@ -77,7 +77,7 @@ def meet(agreement: Agreement, tables: Mapping[str, Table] = CUSTOMERS, seed: st
         ids = read(agreement, tables[session.name])
         alignment = align(session, ids, randomness=Stream(f"{seed}/{session.name}"))
         escrow = COMPLIANCE.public.fingerprint
-        return House(ids, alignment, make_report(session, alignment, ids, escrow=escrow))
+        return House(ids, alignment, countersigned(session, make_report(session, alignment, ids, escrow=escrow)))
 
     roles, count = dict.fromkeys(names, role), len(names)
     return play(roles, agreement, identities=parties(count), nonces=nonces(count, seed))

@@ -22,7 +22,7 @@ from psi import html
 from psi.align import align
 from psi.budget import Use
 from psi.identifiers import canonical
-from psi.report import Check, Report, SelfTest, as_file, make_report, schema
+from psi.report import Check, Report, SelfTest, as_file, countersigned, make_report, schema
 from tests.conftest import NAMES, agree, parties
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def reports(count: int, rows: int = 300, *, full: bool = True, **tables: Any) ->
             with session.phase("align"):
                 alignment = align(session, ids)
             use = [used(peer) for peer in session.channels]
-            return make_report(
+            report = make_report(
                 session,
                 alignment,
                 ids,
@@ -73,6 +73,7 @@ def reports(count: int, rows: int = 300, *, full: bool = True, **tables: Any) ->
                 budget=use if full else None,
                 selftest=REHEARSAL if full else None,
             )
+            return countersigned(session, report)
 
         return run
 

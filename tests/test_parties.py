@@ -91,7 +91,7 @@ MESSAGES = [
     AgreementText(np.frombuffer(b"{}", np.uint8)),
     SetSize(2**32 - 1),
     points(),
-    Gate(False),
+    Gate(False, 7),
     Positions(2, np.arange(5, dtype="<u4")),
     PartialEmbedding(7, np.array([1.5, -2e-300])),
 ]
@@ -154,7 +154,7 @@ BAD_FRAMES: dict[str, tuple[Callable[[], tuple[bytes, bytes]], type[Message]]] =
     "shape that overflows": (lambda: reframed(points(), shape=(2**39, 2**39, 2**39)), MaskedPoints),
     "length": (lambda: reframed(points(), length=95, shape=(95, 1)), MaskedPoints),
     "payload cut": (lambda: (framed(points())[0], framed(points())[1][:-1]), MaskedPoints),
-    "payload where none is due": (lambda: (framed(Gate(True))[0], b"x"), Gate),
+    "payload where none is due": (lambda: (framed(Gate(True, 0))[0], b"x"), Gate),
     "digest": (lambda: reframed(points(), digest=bytes(32)), MaskedPoints),
     "not a number": (
         lambda: reframed(PartialEmbedding(0, np.zeros(1)), np.array([np.nan]).tobytes()),
@@ -162,13 +162,13 @@ BAD_FRAMES: dict[str, tuple[Callable[[], tuple[bytes, bytes]], type[Message]]] =
     ),
     "infinite": (lambda: reframed(PartialEmbedding(0, np.zeros(1)), np.array([-np.inf]).tobytes()), PartialEmbedding),
     "no rows": (lambda: reframed(points(), b"", shape=(0, 32)), MaskedPoints),
-    "too many fields": (lambda: reframed(Gate(True), fields=msgspec.Raw(b"\x92\xc3\xc3")), Gate),
-    "too few fields": (lambda: reframed(Gate(True), fields=msgspec.Raw(b"\x90")), Gate),
-    "field of another type": (lambda: reframed(Gate(True), fields=msgspec.Raw(b"\x91\x01")), Gate),
+    "too many fields": (lambda: reframed(Gate(True, 0), fields=msgspec.Raw(b"\x93\xc3\x00\x00")), Gate),
+    "too few fields": (lambda: reframed(Gate(True, 0), fields=msgspec.Raw(b"\x90")), Gate),
+    "field of another type": (lambda: reframed(Gate(True, 0), fields=msgspec.Raw(b"\x92\x01\x00")), Gate),
     "field out of range": (lambda: reframed(SetSize(200), fields=msgspec.Raw(b"\x91\x05")), SetSize),
-    "an unknown header field": (lambda: (b"\x9c" + framed(Gate(True))[0][1:] + b"\x00", b""), Gate),
-    "a header field less": (lambda: (b"\x9a" + framed(Gate(True))[0][1:-2], b""), Gate),
-    "bytes after the header": (lambda: (framed(Gate(True))[0] + b"\x00", b""), Gate),
+    "an unknown header field": (lambda: (b"\x9c" + framed(Gate(True, 0))[0][1:] + b"\x00", b""), Gate),
+    "a header field less": (lambda: (b"\x9a" + framed(Gate(True, 0))[0][1:-2], b""), Gate),
+    "bytes after the header": (lambda: (framed(Gate(True, 0))[0] + b"\x00", b""), Gate),
     "header too long": (lambda: (bytes(HEADER_LIMIT + 1), b""), Gate),
     "an unknown reason": (lambda: reframed(Abort("local"), fields=msgspec.Raw(b"\x91\xa4oops")), Abort),
 }
@@ -183,7 +183,7 @@ def test_a_malformed_frame_is_a_value_error(what: str) -> None:
 
 
 def test_a_deeply_nested_header_is_a_value_error() -> None:
-    head = framed(Gate(True))[0][:-2] + b"\x91" * 3000 + b"\xc0"
+    head = framed(Gate(True, 0))[0][:-2] + b"\x91" * 3000 + b"\xc0"
     with pytest.raises(ValueError):
         decode(parse_header(head), b"", Gate)
 
@@ -271,7 +271,7 @@ def violation(pair: Pair, head: bytes, payload: bytes, expected: type[Message] =
 
 def test_both_ends_have_the_same_transcript(pair: Pair) -> None:
     pair.bank.send(points())
-    pair.bank.send(Gate(True))
+    pair.bank.send(Gate(True, 0))
     pair.grocer.receive(MaskedPoints)
     assert pair.bank.transcripts[0] != pair.grocer.transcripts[1]
     pair.grocer.receive(Gate)
@@ -289,7 +289,7 @@ def test_a_message_of_another_session_number_sender_receiver_or_kind_is_a_violat
     assert "message 1 where 0 is due" in violation(pair, *framed(points(), number=1))
     assert "another sender" in violation(pair, *reframed(points(), sender=MILL.public.key_id))
     assert "another sender or receiver" in violation(pair, *reframed(points(), receiver=MILL.public.key_id))
-    assert "sent Gate where MaskedPoints is due" in violation(pair, *framed(Gate(True)))
+    assert "sent Gate where MaskedPoints is due" in violation(pair, *framed(Gate(True, 0)))
 
 
 def test_our_own_message_sent_back_is_a_violation(pair: Pair) -> None:
@@ -427,7 +427,7 @@ def test_a_class_that_is_not_allowed_is_refused_and_neither_sent_nor_recorded(pa
         bank.send(PartialEmbedding(0, np.ones(4)))
     assert caught.value.peer == "grocer"
     assert (mesh["bank"]["grocer"].sent, ledger.entries, bank.transcripts) == ([], 0, before)
-    bank.send(Gate(True))
+    bank.send(Gate(True, 0))
     assert {key[:2] for key in ledger.bytes_sent} == {("grocer", "Gate")}
 
 
@@ -459,7 +459,7 @@ def test_nothing_is_sent_when_it_cannot_be_recorded(tmp_path: Path) -> None:
     ledger._file = Full()  # type: ignore[assignment]
     mesh = links(["bank", "grocer"])
     with pytest.raises(LocalError, match="No space left"):
-        channel(BANK, GROCER, mesh["bank"]["grocer"], ledger).send(Gate(True))
+        channel(BANK, GROCER, mesh["bank"]["grocer"], ledger).send(Gate(True, 0))
     assert mesh["bank"]["grocer"].sent == []
     with pytest.raises(LocalError, match="cannot write the ledger"):
         Ledger(BANK, tmp_path / "missing" / "ledger.jsonl")

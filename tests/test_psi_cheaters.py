@@ -24,6 +24,7 @@ from psi import align as align_module
 from psi import exchange as exchange_module
 from psi.align import align
 from psi.curve25519 import P
+from psi.exchange import Ring
 from psi.group import suite, token, token_width
 from psi.messages import (
     Gate,
@@ -34,6 +35,7 @@ from psi.messages import (
     OrderTag,
     Positions,
     SeedReveal,
+    Seen,
     SetSize,
     Tokens,
 )
@@ -115,6 +117,7 @@ def test_a_peer_that_mirrors_our_points_is_caught() -> None:
         hub.send(hub.receive(InputCommitment))
         size = hub.receive(SetSize).points
         hub.send(SetSize(size))
+        hub.send(hub.receive(Seen))
         theirs = hub.receive(MaskedPoints).data
         hub.send(MaskedPoints(1, theirs))
         hub.send(Tokens(0, token(theirs, session.id, token_width(2 * size))))
@@ -131,16 +134,14 @@ def test_a_hub_that_mirrors_our_points_is_caught() -> None:
         peer.send(peer.receive(InputCommitment))
         size = peer.receive(SetSize).points
         peer.send(SetSize(size))
+        peer.send(peer.receive(Seen))
         theirs = peer.receive(MaskedPoints).data
         peer.send(MaskedPoints(0, theirs))
         peer.receive(Tokens)
         peer.send(IntersectionSize(size - 128))
-        peer.receive(Gate)
-        peer.send(Gate(True))
-        peer.send(Positions(0, np.arange(size - 64, dtype="<u4")))
-        peer.receive(Positions)
+        peer.send(peer.receive(Gate))
         peer.send(Positions(1, np.arange(size - 64, dtype="<u4")))
-        peer.receive(OrderPoint)
+        peer.receive(Gate)
 
     caught(run(2, "bank", mirror), "bank", "canaries")
 
@@ -154,9 +155,15 @@ def test_random_tokens_are_caught(count: int, cheater: str) -> None:
 
 @pytest.mark.parametrize("more", [1, -1, 50])
 @pytest.mark.parametrize(("count", "cheater"), [(2, "bank"), (2, "grocer"), (3, "mill")])
-def test_a_false_size_is_caught(count: int, cheater: str, more: int) -> None:
-    rule = one_kind(SetSize, lambda sent: SetSize(sent.points + more))
-    caught(run(count, cheater, deviating(cheater, rule)), cheater, "announced")
+def test_a_false_size_is_caught(count: int, cheater: str, more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells everybody the same false size, and then sends the set that it has."""
+    plain = exchange_module._announce
+
+    def announce(ring: Ring, points: int) -> None:
+        plain(ring, points + (more if ring.session.name == cheater else 0))
+
+    monkeypatch.setattr(exchange_module, "_announce", announce)
+    caught(run(count, cheater, honest(cheater)), cheater, "announced")
 
 
 def test_different_sizes_for_different_parties_are_caught() -> None:
@@ -423,26 +430,26 @@ def test_a_tag_made_without_the_order_does_not_pass_whatever_point_goes_with_it(
 
 
 def test_order_points_and_tags_passed_on_from_one_party_to_another_do_not_pass() -> None:
-    """The mill knows no order: it plays the bank's points and tags to the grocer, and the other way round."""
+    """The mill knows no order: it plays the grocer's points and tags to the press, and the other way round."""
 
     def role(session: Session) -> None:
-        bank, grocer = session.channels["bank"], session.channels["grocer"]
-        plain = align_module._order_test
+        grocer, press = session.channels["grocer"], session.channels["press"]
+        plain = align_module.order_test
 
         def man_in_the_middle(session: Session, *arguments: Any) -> None:
             if session.name != "mill":
                 return plain(session, *arguments)
             for kind in (OrderPoint, OrderTag):
-                first, second = bank.receive(kind), grocer.receive(kind)
-                grocer.send(first)
-                bank.send(second)
+                first, second = grocer.receive(kind), press.receive(kind)
+                press.send(first)
+                grocer.send(second)
             return None
 
-        patch.setattr(align_module, "_order_test", man_in_the_middle)
+        patch.setattr(align_module, "order_test", man_in_the_middle)
         align(session, ids("mill"), randomness=Stream("mill"))
 
     with pytest.MonkeyPatch.context() as patch:
-        found = run(3, "mill", role)
+        found = run(4, "mill", role)
     caught(found, "mill", "row order differs from that of mill")
 
 
@@ -478,7 +485,7 @@ def earlier() -> dict[str, dict[str, MemoryLink]]:
     return mesh
 
 
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(15))
 def test_a_message_of_an_earlier_session_is_caught(number: int, earlier: dict[str, dict[str, MemoryLink]]) -> None:
     left = [number]
 
@@ -496,15 +503,15 @@ def test_a_message_of_an_earlier_session_is_caught(number: int, earlier: dict[st
 
 def test_these_were_all_its_messages(earlier: dict[str, dict[str, MemoryLink]]) -> None:
     kinds = [kind_name(parse_header(head).kind) for head, _ in earlier["bank"]["grocer"].sent]
-    assert (len(kinds), kinds[0], kinds[-1]) == (13, "Hello", "Closing")
+    assert (len(kinds), kinds[0], kinds[-1]) == (15, "Hello", "Closing")
 
 
 OUT_OF_ORDER: dict[str, Rule] = {
-    "another kind": one_kind(MaskedPoints, lambda sent: Gate(True)),
+    "another kind": one_kind(MaskedPoints, lambda sent: Gate(True, 0)),
     "left out": one_kind(MaskedPoints, lambda sent: []),
     "sent twice": one_kind(SetSize, lambda sent: [sent, sent]),
-    "too early": one_kind(Tokens, lambda sent: [Gate(True), sent]),
-    "something more at the end": one_kind(SeedReveal, lambda sent: [sent, Gate(True)]),
+    "too early": one_kind(Tokens, lambda sent: [Gate(True, 0), sent]),
+    "something more at the end": one_kind(SeedReveal, lambda sent: [sent, Gate(True, 0)]),
 }
 
 
@@ -644,7 +651,9 @@ def test_a_share_of_the_seed_copied_from_the_other_is_caught() -> None:
         plain_send, plain_receive = channel.send, channel.receive
 
         def send(message: Message, timeout: float | None = None) -> None:
-            if isinstance(message, (InputCommitment, SeedReveal)):
+            if isinstance(message, Seen):
+                seen[Seen], message = message, plain_receive(Seen)
+            elif isinstance(message, (InputCommitment, SeedReveal)):
                 message = seen.setdefault(type(message), plain_receive(type(message)))
             plain_send(message, timeout)
 
@@ -662,7 +671,7 @@ HUB_ONLY = {"result": "rows to the label holder"}
 
 
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize(("cheater", "kind"), [("grocer", MaskedPoints), ("mill", Tokens), ("mill", Positions)])
+@pytest.mark.parametrize(("cheater", "kind"), [("grocer", MaskedPoints), ("mill", Positions)])
 def test_a_relay_that_moves_the_hubs_set_is_caught_also_where_only_the_hub_gets_rows(
     cheater: str, kind: type[Message], move: str
 ) -> None:
@@ -682,8 +691,70 @@ def test_wrong_positions_are_caught_also_where_only_the_hub_gets_rows(what: str)
     assert said in str(found["bank"])
 
 
-def test_not_caught_a_hub_that_asks_for_other_rows_of_its_own_where_only_it_gets_rows() -> None:
-    """It learns no more rows than the size it told, but it chooses which: those it shares with one party alone, say."""
-    chosen = one_kind(Positions, lambda sent: Positions(0, np.arange(len(sent.data), dtype="<u4")))
-    found = run(3, "bank", deviating("bank", chosen), intersection=HUB_ONLY)
-    assert not any(isinstance(found[name], ProtocolViolation) for name in ("grocer", "mill"))
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_hub_that_alone_gets_rows_cannot_overstate_the_size(count: int) -> None:
+    """The holder of its set intersects: the hub never sees the tokens of its own set, so it has nothing to claim."""
+    rule = one_kind(IntersectionSize, lambda sent: IntersectionSize(sent.rows + 5))
+    found = run(count, "bank", deviating("bank", rule), intersection=HUB_ONLY | {"minimum": 31})
+    assert all(isinstance(found[name], (Refused, PeerAborted)) for name in NAMES[1:count])
+    assert "below the agreed minimum of 31" in str(found[NAMES[count - 1]])
+
+
+@pytest.mark.parametrize("cheater", ["bank", "grocer"])
+def test_different_commitments_for_different_parties_are_caught(cheater: str) -> None:
+    def rule(session: Session, peer: str, message: Message) -> Iterable[Message]:
+        other = isinstance(message, InputCommitment) and peer == "mill"
+        return [InputCommitment(bytes(32), message.seed) if other else message]  # type: ignore[attr-defined]
+
+    caught(run(3, cheater, deviating(cheater, rule)), cheater, "a party is lying")
+
+
+def test_fewer_points_than_canaries_and_decoys_are_refused_at_once() -> None:
+    rule = one_kind(SetSize, lambda sent: SetSize(150))
+    found = run(2, "grocer", deviating("grocer", rule), intersection={"decoys": 200})
+    caught(found, "grocer", "grocer announces a set of 150 points, fewer than canaries and decoys")
+
+
+def test_three_parties_the_hub_learns_no_row_before_the_others_have_checked_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It claims one row more, and leaves as soon as it has its rows: it never gets that far."""
+    inflating(monkeypatch, lambda rest: rest[-1:])
+    got = []
+
+    def keeping(entries: Array, *arguments: Any) -> Array:
+        got.append(threading.current_thread().name)
+        return plain(entries, *arguments)
+
+    plain = align_module.check_entries
+    monkeypatch.setattr(align_module, "check_entries", keeping)
+    found = run(3, "bank", honest("bank"))
+    caught(found, "bank")
+    assert "bank" not in got
+
+
+def test_not_caught_two_parties_a_hub_that_overstates_the_size_has_its_rows_before_the_order_test_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the minimum holds against a semi-honest hub only, unless the false rows hit a decoy or canary."""
+    monkeypatch.setitem(SETS, "bank", range(300))
+    monkeypatch.setitem(SETS, "grocer", range(297, 900))
+    released = []
+
+    def keeping(entries: Array, ours: Any, size: int) -> Array:
+        real = plain(entries, ours, size)
+        if threading.current_thread().name == "bank":
+            released.append(len(real))
+        return real
+
+    plain = align_module.check_entries
+    monkeypatch.setattr(align_module, "check_entries", keeping)
+    for number in range(40):
+        with monkeypatch.context() as patch:
+            inflating(patch, lambda rest, number=number: rest[number : number + 1])
+            found = run(2, "bank", honest("bank"), intersection={"minimum": 4})
+        assert not any(isinstance(result, list) for result in found.values())
+        if released:
+            assert released == [4]
+            return
+    pytest.fail("every claim hit a decoy")

@@ -28,6 +28,8 @@ from psi.report import (
     SelfTest,
     as_file,
     canonical,
+    common_facts,
+    countersigned,
     countersigned_statement,
     make_report,
     report_digest,
@@ -67,7 +69,7 @@ def write_reports(
         ids = canonical_ids(tables[session.name], agreement.identifiers, duplicates="first", empty="drop")
         alignment = align(session, ids, randomness=Stream(session.name))
         facts = {what: fact(session) if callable(fact) else fact for what, fact in given.items()}
-        return make_report(session, alignment, ids, **facts)
+        return countersigned(session, make_report(session, alignment, ids, **facts))
 
     def ledger(owner: Any, path: None, allowed: frozenset[str]) -> Ledger:
         return Ledger(owner, folder / owner.name / "ledger.jsonl", allowed)
@@ -119,7 +121,9 @@ def edit(path: Path, change: Callable[[Plain], object], sign: str = "", accompli
     report = msgspec.convert(plain, Report)
     if sign:
         signature = IDENTITIES[sign].sign("psi-report", canonical(report)).hex()
-        statement = countersigned_statement(bytes.fromhex(report.session), report.party, report_digest(report))
+        statement = countersigned_statement(
+            bytes.fromhex(report.session), report.party, report_digest(report), common_facts(report)
+        )
         again = {name: IDENTITIES[name].sign("psi-countersignature", statement).hex() for name in accomplices}
         countersignatures = report.countersignatures | again
         report = msgspec.structs.replace(report, signature=signature, countersignatures=countersignatures)
@@ -646,7 +650,9 @@ def test_a_countersignature_by_a_key_that_is_not_the_peers_own_is_found(run: Any
 
     edit(paths["bank"], forge, sign="bank", accomplices=["grocer"])
     report = load_report(paths["bank"])
-    statement = countersigned_statement(bytes.fromhex(report.session), "bank", report_digest(report))
+    statement = countersigned_statement(
+        bytes.fromhex(report.session), "bank", report_digest(report), common_facts(report)
+    )
     mine = forger.sign("psi-countersignature", statement).hex()
     edit(paths["bank"], lambda plain: plain["countersignatures"].update(mill=mine))
     paths["bank"].with_name("ledger.jsonl").unlink()
@@ -823,7 +829,7 @@ REWRITTEN: dict[str, tuple[Callable[[list[Plain]], list[Plain]], list[str]]] = {
     "class": (line_with(5, **{"class": "plaintext"}), ["only aggregate, control, masked"]),
     "session": (line_with(1, session="00" * 32), ["it opens with this session"]),
     "task": (line_with(1, task="score with it"), ["it opens with this session"]),
-    "a later message": (line_with(13, digest="00" * 32), ["every peer signed"]),
+    "a later message": (line_with(16, digest="00" * 32), ["every peer signed"]),
     "bytes as text": (line_with(5, bytes="7"), ["its chain"]),
     "no opening": (line_with(1, event="begun"), ["it opens with this session"]),
 }

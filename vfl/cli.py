@@ -26,6 +26,7 @@ from parties.tables import Source
 from parties.tables import Table as DataTable
 from psi import job
 from psi.hygiene import survey
+from psi.identifiers import rules_of
 from psi.job import House, Prepared, prepare
 from psi.selftest import rehearse
 from vfl.console import Watcher, err, frames, logging_to, out
@@ -204,6 +205,7 @@ def _model_rows(party: Party, prepared: Prepared, cost: Cost, table: Table) -> N
 def sign(path: PartyPath) -> None:
     """Approve the agreement as it stands: sign its digest. A run starts only when every party has."""
     party = Party(path)
+    rules_of(party.agreement.identifiers)
     written = party.sign()
     agreement = party.agreement
     out.print(f"{party.name} approves {agreement.title!r}", soft_wrap=True)
@@ -241,7 +243,7 @@ def align(path: PartyPath, events: Events = False) -> None:
         outcome = job.run(party, watcher, log.warning)
         log.info("session %s: %d rows in common", outcome.report.session, outcome.report.size)
     if not events:
-        rows = "rows.csv lists ours" if outcome.rows is not None else "which ones stays hidden from us, as agreed"
+        rows = "rows.csv lists ours" if outcome.rows is not None else "which ones stay hidden from us, as agreed"
         out.print(f"{outcome.report.size:,} rows in common; {rows}", soft_wrap=True)
         out.print(f"results in {party.output}", soft_wrap=True)
 
@@ -334,6 +336,8 @@ def verify(
     from psi.verify import verify as check_reports
 
     checks = check_reports(reports, Agreement.load(agreement) if agreement else None)
+    if party_path and not (sample or replay or against):
+        raise LocalError("--party alone checks nothing more: add --sample NUMBER, or --replay with the compliance key")
     if sample or replay or against:
         if party_path is None or len(reports) != 1:
             raise LocalError("--sample, --against and --replay look at our own report: give it alone, and --party")

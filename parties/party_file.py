@@ -134,8 +134,8 @@ class Party:
         fields, chosen = sorted(self.agreement.identifiers.fields), self.file.table.id
         columns = dict.fromkeys(fields[:1], chosen) if isinstance(chosen, str) else chosen
         if sorted(columns) != fields:
-            form = ", ".join(f'{field!r} = "our column"' for field in fields)
-            raise LocalError(f"{self.path}: [table] must name our column of each field: id = {{ {form} }}")
+            form = '"our column"' if len(fields) == 1 else f"{{ {', '.join(f'{name!r} = ...' for name in fields)} }}"
+            raise LocalError(f"{self.path}: [table] must name our column of each agreed field: id = {form}")
         return {field: columns[field] for field in self.agreement.identifiers.fields}
 
     def _at(self, name: str) -> Path:

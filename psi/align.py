@@ -217,7 +217,9 @@ class _Run:
         else:
             size = session.channels[judge].receive(IntersectionSize).rows
         if size == -1:
-            raise Refused(f"the intersection is below the agreed minimum of {agreed} rows; no row was revealed")
+            cascade = len(session.agreement.identifiers.cascade) > 1
+            alone = " under its first key, which must meet it alone" if cascade else ""
+            raise Refused(f"the intersection is below the agreed minimum of {agreed} rows{alone}; no row was revealed")
         if self.total + size < agreed or size + least > min(ring.sizes):
             raise ProtocolViolation(f"{judge} tells a size that cannot be", peer=judge)
         if self.total + size < ours:

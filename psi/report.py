@@ -386,11 +386,12 @@ def _checks(report: Report, alignment: Alignment) -> list[Check]:
         )
     )
     over = [use.peer for use in report.budget if use.refusal]
+    no_budget = "a rehearsal spends none" if report.task == "selftest" else "our policy sets no budget"
     checks.append(
         Check(
             name="every peer is within its budget",
             status=words[not over if report.budget else None],
-            detail="" if report.budget else "our policy sets no budget",
+            detail="" if report.budget else no_budget,
         )
     )
     return checks

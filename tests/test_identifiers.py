@@ -144,6 +144,17 @@ def test_ids_read_as_floats_are_refused() -> None:
     assert "ids are not text" in refusal(["q7", 17.0])
 
 
+@pytest.mark.parametrize(
+    ("known", "good", "bad"), [("phone/1", "+49 30 123456", "030 123456"), ("date/1", "1990-02-28", "1990-02-30")]
+)
+def test_invalid_phones_and_dates_are_counted_and_fail_or_drop(known: str, good: str, bad: str) -> None:
+    agreed = Agreed(fields={"customer": known})
+    assert f"0 empty and 2 invalid ids (2 'kunde' not under {known})" in refusal([good, bad, bad], agreed)
+    got = canonical({"customer": [bad, good, bad]}, agreed, empty="drop")
+    assert got.rows.tolist() == [1]
+    assert got.counts == {"read": 3, "empty": 0, "invalid": 2, "duplicate": 0, "kept": 1}
+
+
 def test_ids_that_only_resemble_numbers_pass() -> None:
     raw = ["17.0", "18", "1234e5", "00e17", "e+10", "1.2e+x"]
     assert values(canonical({"customer": raw}, TEXT)) == raw

@@ -3,6 +3,7 @@ suites, padding."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from parties.agreement import Identifiers as Agreed
 from parties.errors import LocalError, PeerAborted, ProtocolViolation, Refused
+from parties.files import Scratch
 from parties.memory import MemoryLink, outcomes, play
 from parties.message import name_of, parse_header
 from parties.session import Session
@@ -282,3 +284,38 @@ def test_more_ids_than_agreed_are_refused_before_anything_is_said() -> None:
     assert all(isinstance(one, (LocalError, PeerAborted)) for one in found.values())
     assert {kind for *_, kind in kinds(mesh)} == {"Hello", "Abort"}
     assert np.all([len(link.sent) == 2 for links in mesh.values() for link in links.values()])
+
+
+# ---- disk
+
+
+def spilling(folder: Path) -> dict[str, Any]:
+    """Both parties keep every list in files of their own."""
+
+    def run(session: Session) -> Any:
+        session.scratch = Scratch(folder, memory=1)
+        numbers = range(300) if session.name == "bank" else range(150, 500)
+        return align(session, [f"c{n}" for n in numbers], randomness=Stream(session.name))
+
+    return outcomes({"bank": run, "grocer": run, "mill": run}, agree(3), parties(3))
+
+
+def test_lists_that_go_to_disk_give_the_same_rows_and_leave_nothing(tmp_path: Path) -> None:
+    found = spilling(tmp_path)
+    assert sorted(found["bank"].rows) == list(range(150, 300))
+    assert sorted(found["mill"].rows) == list(range(150))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_stops_the_run_with_a_remedy_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    found = spilling(tmp_path)
+    assert all(isinstance(one, (LocalError, PeerAborted)) for one in found.values())
+    texts = [str(one) for one in found.values() if isinstance(one, LocalError)]
+    assert texts and all(str(tmp_path) in text for text in texts)
+    assert list(tmp_path.iterdir()) == []

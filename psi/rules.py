@@ -16,22 +16,21 @@ from functools import partial
 Rule = Callable[[str], str | None]
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-# What the plain rules (all but text and e-mail) read past: soft hyphen, byte order mark, zero-width, direction marks.
+# What every rule reads past: soft hyphen, byte order mark, zero-width and direction marks. Copied text is full of them.
 HIDDEN = (0xAD, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), *range(0x2066, 0x206A))
 DASHES = (*range(0x2010, 0x2016), 0x2212)  # hyphens, en and em dash, minus sign
-PLAIN = dict.fromkeys(HIDDEN) | dict.fromkeys(DASHES, "-")
+UNSEEN = dict.fromkeys(HIDDEN)
+PLAIN = UNSEEN | dict.fromkeys(DASHES, "-")
 
 
 def _text(value: str) -> str | None:
-    """text/1: NFKC, case folded, NFKC again (folding can undo it), white space trimmed and collapsed to one space.
-
-    Zero-width characters stay: this rule sees "anna" and "an<U+200B>na" as two ids.
-    """
+    """text/1: no invisible marks, NFKC, case folded, NFKC again (folding can undo it), white space trimmed and made
+    one space."""
     if value.isascii():  # NFKC leaves it as it is, and folding is lower case
         return " ".join(value.lower().split()) or None
     if SURROGATE.search(value):  # half a character: it has no UTF-8
         return None
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", value).casefold())
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", value.translate(UNSEEN)).casefold())
     return " ".join(folded.split()) or None
 
 

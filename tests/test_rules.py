@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import re
 import subprocess
 import sys
 import unicodedata
@@ -51,7 +52,7 @@ TABLE: dict[str, dict[str, str | None]] = {
         "O’Neil": "o’neil",
         "o'neil": "o'neil",
         "Müller-Lüdenscheidt": "müller-lüdenscheidt",
-        "\u200banna": "\u200banna",
+        "\u200ban\u00adna\ufeff": "anna",
         "a\x00b": "a\x00b",
         "東京　都": "東京 都",
         "ｱﾊﾟｰﾄ": "アパート",
@@ -393,7 +394,8 @@ def test_plain_rules_see_the_nfkc_of_a_text_and_yield_ascii(value, name):
 
 @given(spelled)
 def test_text_against_its_definition(value):
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", value).casefold())
+    seen = re.sub("[\u00ad\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069]", "", value)
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold())
     expected = " ".join(folded.split()) or None
     assert rule("text/1")(value) == (None if any("\ud800" <= c <= "\udfff" for c in value) else expected)
 

@@ -76,7 +76,8 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
     """Move what an earlier run left under these names into `earlier/N`, so that evidence is never overwritten."""
     left = [folder / name for name in names if (folder / name).exists()]
     if left:
-        number = 1 + len(list((folder / "earlier").glob("*")))
+        earlier = [int(one.name) for one in (folder / "earlier").glob("*") if one.name.isdecimal()]
+        number = 1 + max(earlier, default=0)  # also where somebody has deleted some
         make_folder(folder / "earlier" / str(number))
         for path in left:
             path.replace(folder / "earlier" / str(number) / path.name)

@@ -43,9 +43,9 @@ class Secrets:
     """What only we and our own auditors may have: the salts' key and the leaves of our commitment; for each step our
     masking key, the seed of our set's first shuffle, and the seed of our decoys."""
 
-    salts: bytes
-    leaves: Array
-    steps: tuple[tuple[bytes, bytes, bytes], ...]
+    salts: bytes = field(repr=False)
+    leaves: Array = field(repr=False)
+    steps: tuple[tuple[bytes, bytes, bytes], ...] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ def align(
         merkle_root=tree.hex(),
         roots={name: one.root.hex() for name, one in commitments.items()},
         audit_seed=_reveal_seed(session, share, commitments).hex(),
-        checks=tuple(run.checks()),
+        checks=tuple(checks_made(agreed.result, run.sees_rows, list(session.channels))),
         secrets=Secrets(salts, committed, tuple(run.secrets)),
     )
 
@@ -169,6 +169,20 @@ def unambiguous(key: Key, rows: Array, rest: Array) -> Array:
     order, begins = sorted_groups(key.prints[rows[having]])
     alone = begins & np.append(begins[1:], np.ones(min(1, len(begins)), np.bool_))
     return np.sort(having[order[alone]])
+
+
+def checks_made(result: str, sees_rows: bool, peers: Sequence[str]) -> Iterator[tuple[str, bool | None]]:
+    """What a run that gets to its end has checked (True), and what its result leaves unchecked (None)."""
+    sees, all_see = True if sees_rows else None, True if result == "rows" else None
+    yield "every point received was well formed and distinct; a sample, or all, lies on the curve", True
+    yield "counts equal the announced sizes", True
+    yield "all parties were told the same commitments and sizes", True
+    yield "every party let the result be revealed: it is at or above its own minimum", True
+    yield f"all {CANARIES} canaries are in the intersection", sees
+    yield "none of our decoys is in the intersection", sees
+    for name in peers:
+        yield f"row order equals that of {name}", all_see
+    yield "every share of the auditors' seed is the one committed to", True
 
 
 class _Run:
@@ -261,16 +275,3 @@ class _Run:
         if self.result == "rows":
             order_test(session, order, [hub] if ring.place else others, self.randomness)
         return found
-
-    def checks(self) -> Iterator[tuple[str, bool | None]]:
-        """What was checked on the way here (True), and what this result leaves unchecked (None)."""
-        sees, all_see = True if self.sees_rows else None, True if self.result == "rows" else None
-        yield "every point received was well formed and distinct; a sample, or all, lies on the curve", True
-        yield "counts equal the announced sizes", True
-        yield "all parties were told the same commitments and sizes", True
-        yield "every party let the result be revealed: it is at or above its own minimum", True
-        yield f"all {CANARIES} canaries are in the intersection", sees
-        yield "none of our decoys is in the intersection", sees
-        for name in self.session.channels:
-            yield f"row order equals that of {name}", all_see
-        yield "every share of the auditors' seed is the one committed to", True

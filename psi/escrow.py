@@ -23,6 +23,9 @@ class EscrowedStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decoys: bytes
     matched: bytes = b""
 
+    def __repr__(self) -> str:
+        return "EscrowedStep(...)"  # no secret in a traceback or a log
+
 
 class Escrow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What our compliance team needs to compute again what we sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,19 +13,21 @@ from numpy.typing import NDArray
 
 from parties.agreement import parse_json
 from parties.errors import LocalError
-from parties.files import Scratch, make_folder, set_aside, write_whole
+from parties.files import Scratch, set_aside, write_whole
 from parties.party_file import Party
+from parties.sealing import seal
 from parties.session import Progress, Session, open_session
 from parties.tables import Source, Table, read_table
 from parties.workers import Workers
 from psi import html
 from psi.align import Alignment, align
 from psi.budget import Budget, Use, fingerprints
-from psi.escrow import opening, sealed_escrow
+from psi.escrow import ESCROW, opening, sealed_escrow
 from psi.identifiers import CHUNK, Identifiers, canonical
 from psi.report import Report, SelfTest, as_file, countersigned, make_report
 
-ALIGN = "align"
+ALIGN, SELFTEST = "align", "selftest"
+BUDGET = "budget.sqlite"
 EVIDENCE = ("ledger.jsonl", "psi_report.json", "psi_report.html", "psi_opening.bin", "psi_escrow.bin")
 ALIGNED = (*EVIDENCE, "rows.csv", "summary.json")
 Keep = Callable[[Report, Alignment], None]
@@ -80,42 +83,44 @@ def prepare(
 
 
 class House:
-    """What a party does around an intersection on its own premises: budget, evidence, escrow."""
+    """What a party does around an intersection on its own premises: budget, evidence, escrow. `rehearsal` is the last
+    self-test under its agreement, if any."""
 
     def __init__(self, party: Party, prefix: str = "", *, spends: bool = True) -> None:
+        """Raises LocalError for what would otherwise go wrong once rows are known."""
         self.party, self._prefix = party, prefix
+        self.rehearsal = self._last_rehearsal()
         self.escrow = party.escrow
+        if self.escrow is not None:
+            seal(self.escrow, b"", ESCROW)
         self._limits = party.file.policy.budget if spends else None
 
     def path(self, name: str) -> Path:
         """Where a piece of evidence goes."""
         return self.party.output / f"{self._prefix}{name}"
 
-    @property
-    def _budget(self) -> Budget | None:
-        if self._limits is None:
-            return None
-        make_folder(self.party.output)
-        return Budget(self.party.output / "budget.sqlite", self.party.identity, self._limits)
-
     def check_budget(self, ids: Identifiers) -> list[Use]:
-        """What the budget says before anything is sent. Raises Refused."""
-        budget = self._budget
-        return [] if budget is None else budget.check(self._peers(), offered(budget.key, ids))
+        """What the budget says before anything is sent; makes no file. Raises Refused."""
+        if self._limits is None:
+            return []
+        kept = self.party.output / BUDGET
+        with tempfile.TemporaryDirectory() as empty:
+            path = kept if kept.exists() else Path(empty) / BUDGET
+            budget = Budget(path, self.party.identity, self._limits)
+            return budget.check(self._peers(), offered(budget.key, ids))
 
     def spend(self, session: Session, ids: Identifiers) -> list[Use]:
         """Record this run with every peer, before a point is sent. Raises Refused."""
-        budget = self._budget
-        if budget is None:
+        if self._limits is None:
             return []
+        budget = Budget(self.party.output / BUDGET, self.party.identity, self._limits)
         return budget.spend(self._peers(), session.id, session.task, offered(budget.key, ids))
 
     def _peers(self) -> dict[str, bytes]:
-        parties = self.party.agreement.parties
-        return {one.name: one.identity.key_id for one in parties if one.name != self.party.name}
+        ring = self.party.agreement.ring
+        return {one.name: one.identity.key_id for one in ring if one.name != self.party.name}
 
-    def rehearsal(self) -> SelfTest | None:
-        """The last self-test under this agreement, if any."""
+    def _last_rehearsal(self) -> SelfTest | None:
         path = self.party.output / "selftest.json"
         if not path.exists():
             return None
@@ -172,7 +177,7 @@ def intersect(
             minimum=minimum,
             escrow=house.escrow.fingerprint if house and house.escrow else "",
             budget=spent,
-            selftest=house.rehearsal() if house else None,
+            selftest=house.rehearsal if house and session.task != SELFTEST else None,
         )
         if house:  # before the peers sign: whoever leaves now takes no evidence with it
             house.keep(report, alignment)

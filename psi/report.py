@@ -17,7 +17,7 @@ from parties.agreement import Agreement
 from parties.errors import ProtocolViolation
 from parties.message import class_of
 from parties.session import Session
-from psi.align import Alignment, Step
+from psi.align import Alignment, Step, checks_made
 from psi.budget import Use
 from psi.exchange import Flow
 from psi.group import POINT_BYTES, token_width
@@ -29,6 +29,9 @@ from psi.messages import Countersignature, ReportDigest
 VERSIONS = ("colonnade", "cryptography", "gmpy2", "msgspec", "numpy", "phonenumbers", "pyarrow", "pynacl", "pyzmq")
 HEADER = 300  # bytes of a message beside its array, at most
 Status = Literal["PASS", "FAIL", "NOT RUN"]
+_AS_PREDICTED = "what left us is as long as the set sizes imply"
+_REHEARSED = "rehearsal on synthetic ids with a known overlap"
+_WITHIN_BUDGET = "every peer is within its budget"
 
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -285,7 +288,8 @@ def report_digest(report: Report) -> bytes:
 def common_facts(report: Report) -> bytes:
     """Digest of what every party knows of the run, whoever's report it is: a peer signs for what it knows itself."""
     steps = [(step.key, step.set_sizes, step.size) for step in report.steps]
-    facts = (report.agreement, report.task, report.roots, steps, report.size, report.audit_seed)
+    terms = (report.agreement, report.task, report.governance, report.parties, report.software.suite)
+    facts = (*terms, report.roots, steps, report.size, report.audit_seed)
     return hashlib.sha256(b"colonnade/psi/facts/1" + msgspec.json.encode(facts, order="sorted")).digest()
 
 
@@ -376,25 +380,29 @@ def _checks(report: Report, alignment: Alignment) -> list[Check]:
         Check(name=name, status=words[passed], detail=unseen if passed is None else "")
         for name, passed in alignment.checks
     ]
-    checks.append(Check(name="what left us is as long as the set sizes imply", status=words[as_predicted(report)]))
+    checks.append(Check(name=_AS_PREDICTED, status=words[as_predicted(report)]))
     rehearsal = report.selftest
     checks.append(
         Check(
-            name="rehearsal on synthetic ids with a known overlap",
+            name=_REHEARSED,
             status=words[None if rehearsal is None else rehearsal.passed],
             detail="" if rehearsal else "colonnade selftest was not run under this agreement",
         )
     )
-    over = [use.peer for use in report.budget if use.refusal]
+    limited = any(use.limits.runs or use.limits.distinct_ids or use.limits.smallest_difference for use in report.budget)
+    within = not any(use.refusal for use in report.budget)
     no_budget = "a rehearsal spends none" if report.task == "selftest" else "our policy sets no budget"
     checks.append(
-        Check(
-            name="every peer is within its budget",
-            status=words[not over if report.budget else None],
-            detail="" if report.budget else no_budget,
-        )
+        Check(name=_WITHIN_BUDGET, status=words[within if limited else None], detail="" if limited else no_budget)
     )
     return checks
+
+
+def due_check_names(report: Report) -> list[str]:
+    """The names of all checks that a report of this result and these parties lists, in order."""
+    result, peers = report.governance.intersection.result, list(report.transcripts)
+    made = [name for name, _ in checks_made(result, report.rows_revealed, peers)]
+    return [*made, _AS_PREDICTED, _REHEARSED, _WITHIN_BUDGET]
 
 
 def schema() -> dict[str, Any]:

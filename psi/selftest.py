@@ -14,11 +14,10 @@ from parties.party_file import Party
 from parties.session import Progress
 from parties.tables import Source, Table
 from psi.identifiers import canonical
-from psi.job import EVIDENCE, House, Prepared, intersect, meeting, prepare
+from psi.job import EVIDENCE, SELFTEST, House, Prepared, intersect, meeting, prepare
 from psi.report import SelfTest
 from psi.specimen import rehearsal_tables
 
-TASK = "selftest"
 COMMON, OWN = 300, 100
 
 
@@ -44,8 +43,9 @@ def rehearse(
     else:
         prepared = prepare(party, source=source)
     names = [house.path(name).name for name in EVIDENCE]
-    with meeting(house, approval, TASK, names, progress, note) as session:
-        alignment, report = intersect(session, prepared, 0, house)
+    with meeting(house, approval, SELFTEST, names, progress, note) as session:
+        minimum = party.file.policy.minimum_intersection if source is not None else 0
+        alignment, report = intersect(session, prepared, minimum, house)
     result = SelfTest(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         session=report.session,

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from parties.errors import LocalError
+from parties.files import set_aside
 from parties.identity import Identity
 from parties.party_file import Party
 from psi.job import offered
@@ -302,3 +303,79 @@ def test_whatever_happens_to_workers_both_sides_end_with_one_line(tmp_path: Path
     for _, err in ended.values():
         assert "Traceback" not in err, err
         assert len(err.strip().splitlines()) == 1, err
+
+
+# ---- what an independent review found
+
+
+def test_the_label_holder_may_stand_anywhere_in_the_agreement(tmp_path: Path) -> None:
+    paths = build(tmp_path, {name: TABLES[name] for name in ("bank", "grocer")}, sign=False)
+    common_file = tmp_path / "agreement.toml"
+    head, bank, grocer = common_file.read_text().split("[[parties]]")
+    grocer, rest = grocer.split("[identifiers]")
+    common_file.write_text(f"{head}[[parties]]{grocer}[[parties]]{bank}[identifiers]{rest}")
+    for path in paths.values():
+        path.write_text(path.read_text() + "[policy.budget]\nruns = 5\n")
+        Party(path).sign()
+    codes, errors = together({name: ["align", path] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    assert "FAIL" not in verified(paths, tmp_path)
+
+
+def test_a_report_under_invented_keys_does_not_pass_as_ours(
+    escrowed: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    """Everything in it is signed, by keys that it states itself: `--party` knows ours."""
+    folder, _ = escrowed
+    paths = settled(tmp_path)
+    report = folder / "out" / "bank" / "psi_report.json"
+    code, out, _ = colonnade("verify", report, "--party", paths["bank"], "--sample", 5)
+    assert code == 2
+    assert "FAIL    bank: is of the given agreement" in out
+    code, out, _ = colonnade("verify", report)
+    assert code == 0
+    assert "NOT RUN bank: is of the given agreement" in out
+    other = colonnade(
+        "verify", report, "--agreement", folder / "agreement.toml", "--party", paths["bank"], "--sample", 5
+    )
+    assert other[0] == 2 and "is not the agreement that" in other[2]
+    assert colonnade("verify", report, "--party", paths["bank"])[0] == 2
+
+
+def test_a_rehearsal_after_a_failed_one_verifies(tmp_path: Path) -> None:
+    paths = settled(tmp_path)
+    for name in paths:
+        pd.DataFrame({"id": [f"person {n}" for n in range(30)]}).to_csv(tmp_path / f"s-{name}.csv", index=False)
+    for expected, code in ((31, 2), (30, 0)):
+        codes, errors = together(
+            {n: ["selftest", "--expect", expected, "--input", tmp_path / f"s-{n}.csv", p] for n, p in paths.items()}
+        )
+        assert set(codes.values()) == {code}, errors
+    report = tmp_path / "out" / "bank" / "selftest_psi_report.json"
+    assert colonnade("verify", report, "--agreement", tmp_path / "agreement.toml")[0] == 0
+    (tmp_path / "out" / "bank" / "selftest.json").write_text("{}x")
+    code, _, err = colonnade("align", paths["bank"])  # before anybody is waited for
+    assert code == 2 and "selftest.json is not valid JSON" in err
+
+
+def test_check_makes_no_file(tmp_path: Path) -> None:
+    paths = settled(tmp_path)
+    paths["bank"].write_text(paths["bank"].read_text() + "[policy.budget]\nruns = 5\n")
+    assert colonnade("check", paths["bank"])[0] == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rule_that_nobody_knows_is_not_signed(tmp_path: Path) -> None:
+    paths = build(tmp_path, dict(TABLES), sign=False)
+    altered(tmp_path / "agreement.toml", ("text/1", "txt/1"))
+    code, _, err = colonnade("sign", paths["bank"])
+    assert code == 2 and "txt/1" in err
+    assert not (tmp_path / "agreement.bank.approval").exists()
+
+
+def test_evidence_that_was_set_aside_is_never_overwritten(tmp_path: Path) -> None:
+    for number in (2, 3):
+        (tmp_path / "earlier" / str(number)).mkdir(parents=True)
+    (tmp_path / "ledger.jsonl").write_text("newer")
+    set_aside(tmp_path, ["ledger.jsonl"])
+    assert (tmp_path / "earlier" / "4" / "ledger.jsonl").read_text() == "newer"

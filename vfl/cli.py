@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,7 @@ from psi import job
 from psi.hygiene import survey
 from psi.identifiers import rules_of
 from psi.job import House, Prepared, prepare
+from psi.report import Check
 from psi.selftest import rehearse
 from vfl.console import Watcher, err, frames, logging_to, out
 
@@ -329,27 +331,43 @@ def verify(
     replay: Annotated[
         Path | None, typer.Option(help="Our compliance team's key file: compute again what we sent, from the escrow.")
     ] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="The table of that run, where it was not the one in our file.")
+    ] = None,
 ) -> None:
     """Check PSI reports offline: signatures, counts, ledgers; several together also against each other; with --party,
     --sample and --replay also our input against what was committed and sent."""
     from psi import audit
-    from psi.verify import verify as check_reports
+    from psi.verify import each_check
 
-    checks = check_reports(reports, Agreement.load(agreement) if agreement else None)
-    if party_path and not (sample or replay or against):
-        raise LocalError("--party alone checks nothing more: add --sample NUMBER, or --replay with the compliance key")
-    if sample or replay or against:
-        if party_path is None or len(reports) != 1:
-            raise LocalError("--sample, --against and --replay look at our own report: give it alone, and --party")
-        checks += audit.at_home(Party(party_path), reports[0], sample=sample, against=against, replay=replay)
-    for one in checks:
-        detail = f"  ({one.detail})" if one.detail else ""
-        mark = f"[{COLOURS[one.status]}]{one.status:<7}[/]"
-        out.print(f"{mark} {escape(one.name + detail)}", soft_wrap=True, highlight=False)
-    failed, skipped = (sum(one.status == status for one in checks) for status in ("FAIL", "NOT RUN"))
-    if failed:
-        raise LocalError(f"{failed} of {len(checks)} checks failed")
-    out.print(f"{len(checks) - skipped} checks passed" + (f", {skipped} were not run" if skipped else ""))
+    party = Party(party_path) if party_path else None
+    agreed = Agreement.load(agreement) if agreement else party.agreement if party else None
+    if party and agreed and agreed.digest != party.agreement.digest:
+        raise LocalError(f"{agreement} is not the agreement that {party_path} names")
+    at_home = bool(sample or replay or against or input_file)
+    if at_home != bool(party):
+        raise LocalError("--party goes with --sample NUMBER or --replay KEY, and these with --party")
+    if party and len(reports) != 1:
+        raise LocalError("--party looks at our own report: give it alone")
+    tally = Counter[str]()
+    for one in each_check(reports, agreed):
+        _show(one, tally)
+    if party:
+        source = None if input_file is None else _source(party, input_file)
+        for one in audit.at_home(party, reports[0], sample=sample, against=against, replay=replay, source=source):
+            _show(one, tally)
+    if tally["FAIL"]:
+        raise LocalError(f"{tally['FAIL']} of {tally.total()} checks failed")
+    skipped = f", {tally['NOT RUN']} not run" if tally["NOT RUN"] else ""
+    out.print(f"{tally['PASS']} checks passed{skipped}", highlight=False)
+
+
+def _show(check: Check, tally: Counter[str]) -> None:
+    """One line; what a report says is printed as text, whatever is in it."""
+    tally[check.status] += 1
+    text = check.name + (f"  ({check.detail})" if check.detail else "")
+    plain = "".join(one if one.isprintable() else "?" for one in text)
+    out.print(f"[{COLOURS[check.status]}]{check.status:<7}[/] {escape(plain)}", soft_wrap=True, highlight=False)
 
 
 @contextmanager

@@ -46,23 +46,32 @@ DEVIATION = 0.01  # the share of wrong rows for which an audit says how surely i
 
 
 def at_home(
-    party: Party, path: Path, *, sample: int = 0, against: Path | None = None, replay: Path | None = None
+    party: Party,
+    path: Path,
+    *,
+    sample: int = 0,
+    against: Path | None = None,
+    replay: Path | None = None,
+    source: Source | None = None,
 ) -> list[Check]:
-    """Audit our own report at `path`, and what was kept beside it, against our table as the party's file names it.
+    """Audit our own report at `path`, and what was kept beside it, against our table: `source`, the file that was
+    scored, or the one that the party's file names.
 
     `sample` rows are opened, and looked up in the auditor's extract `against`, a CSV or Parquet file with our id
     columns; `replay` is the key file of our compliance team. Neither the report's signatures nor its agreement with the
     other parties' are looked at here: that is `verify`.
 
     Raises:
-        LocalError: not our report; the table, the extract, or what was kept cannot be read.
+        LocalError: not our report, or one of a rehearsal; the table, the extract, or what was kept cannot be read.
     """
     report = load_report(path)
     if report.party != party.name or report.agreement != party.agreement.digest.hex():
         raise LocalError(f"{path} is not a report of {party.name} under the agreement that {party.path} names")
+    if report.task == "selftest":
+        raise LocalError(f"{path} is the report of a rehearsal: its ids were made up, there is nothing to audit")
     if against is not None and sample < 1:
         raise LocalError("--against looks up the sampled ids: give --sample NUMBER too")
-    ids, checks = prepare(party).ids, list[Check]()
+    ids, checks = prepare(party, source=source).ids, list[Check]()
     if sample:
         extract = None if against is None else _extract(party, against)
         checks += audit(report, _kept(path, "psi_opening.bin"), ids, sample, extract)
@@ -236,7 +245,7 @@ def _replay(report: Report, sealed: bytes, compliance: Identity, ids: Identifier
         if number + 1 < len(escrow.steps):
             matched = np.frombuffer(secrets.matched[: len(secrets.matched) // 4 * 4], "<u4")
             due = len(np.unique(matched)) == len(matched) == report.steps[number].size
-            odd = [] if due else ["others"]
+            odd = [] if due and np.isin(matched, entries).all() else ["others"]
             yield ask(f"{party}: step {number + 1}: what later steps leave out is what was common", odd)
             rest = np.setdiff1d(rest, matched)
 
@@ -273,7 +282,8 @@ def _digest_of_points(suite: str, secrets: EscrowedStep, ours: InputSet, workers
 
 def _same_counts(report: Report, ids: Identifiers) -> Check:
     same = ids.counts == msgspec.structs.asdict(report.input.rows)
-    odd = [] if same else ["another table, or other settings, than in the run"]
+    scored = "; a scoring took --input FILE: give the same" if report.task.startswith("score") else ""
+    odd = [] if same else [f"another table, or other settings, than in the run{scored}"]
     return ask(f"{report.party}: our table gives the counts that the report states", odd)
 
 

@@ -51,6 +51,7 @@ def render(report: Report) -> str:
         hub=next((name for name, facts in report.parties.items() if facts.role == "label holder"), ""),
         kinds=_by_kind(report.traffic),
         classes=classes,
+        models=report.task not in ("align", "selftest"),  # then a model's messages follow this report
         readable=not OPAQUE.issuperset(classes),
         sent={name: _by_class(report.traffic, name) for name in dict.fromkeys(one.to for one in report.traffic)},
         point_bytes=POINT_BYTES,

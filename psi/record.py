@@ -6,6 +6,8 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -14,12 +16,16 @@ from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity
 from parties.ledger import check_ledger
+from parties.message import CLASSES, class_of
 from parties.session import transcript_statement
-from psi.report import Check, Report
+from psi.report import HEADER, Check, Report
 
 Keys = dict[str, PublicIdentity]
 REPORT = "psi_report.json"
 LET_OUT = {"control", "masked", "aggregate"}  # the classes of an intersection's messages
+LISTS = {"MaskedPoints", "Tokens", "Positions"}  # messages as long as the sets; all others are short
+ONCE = {"ReportDigest", "Countersignature", "Closing", "Abort"}  # what may follow a report, to each peer
+TOLERANCE = timedelta(seconds=1)  # a report's time has whole seconds
 
 
 def ask(question: str, odd: Iterable[str], note: str = "") -> Check:
@@ -43,6 +49,19 @@ def signed(key: PublicIdentity, purpose: str, data: bytes, signature: str) -> bo
     return is_hex(signature, 64) and key.signed(purpose, data, bytes.fromhex(signature))
 
 
+def known_class(kind: str) -> str | None:
+    """The class of the messages of that name; None for a name that nothing loaded here has."""
+    try:
+        return class_of(kind)
+    except KeyError:
+        return None
+
+
+def longest(report: Report) -> int:
+    """Bytes of a message that holds no list, at most: the first one names the task."""
+    return HEADER + len(report.task)
+
+
 def beside(path: Path, name: str) -> Path | None:
     """Another piece of the same run's evidence, such as "ledger.jsonl"; None where the report's file was renamed."""
     return path.with_name(path.name.removesuffix(REPORT) + name) if path.name.endswith(REPORT) else None
@@ -51,6 +70,7 @@ def beside(path: Path, name: str) -> Path | None:
 class _Line(msgspec.Struct, frozen=True):
     """What the checks look at in a line of a ledger: a message that left, or an event."""
 
+    time: str = ""
     event: str = ""
     to: str = ""
     kind: str = ""
@@ -101,9 +121,13 @@ def check_record(path: Path, report: Report, keys: Keys) -> Iterator[Check]:
     yield ask(f"{title}it records the traffic that the report states", odd)
     odd = sorted({one.message_class for one in sent} - LET_OUT)
     yield ask(f"{title}only {', '.join(sorted(LET_OUT))} messages left until then", ["another class"] if odd else [])
+    yield ask(f"{title}each line is an event, or a message that was due, of its class", _odd_lines(report, entries))
     odd = [name for name, one in report.transcripts.items() if one.sent != _transcript(before, name)]
     yield ask(f"{title}its messages give the transcripts that the report states", odd)
-    yield _closing(report, keys, entries)
+    yield ask(f"{title}the report's time lies between the lines around it", _odd_time(report, entries))
+    closing = _closing(report, keys, entries)
+    yield closing
+    yield _later(report, entries, closed=closing.status == "PASS")
 
 
 def _transcript(lines: list[_Line], peer: str) -> str:
@@ -111,19 +135,78 @@ def _transcript(lines: list[_Line], peer: str) -> str:
     return hashlib.sha256(b"".join(from_hex(one.digest) for one in lines if one.to == peer)).hexdigest()
 
 
+def _odd_lines(report: Report, lines: list[_Line]) -> Iterator[str]:
+    """Lines that no run writes, by number. Kinds that come after the report may be a model's, unknown here: `_later`
+    says so. How many came before it, the report's own traffic says."""
+    classes = {kind: known_class(kind) for kind in {line.kind for line in lines}}
+    early, after = {one.kind for one in report.traffic}, Counter[tuple[str, str]]()
+    for number, line in enumerate(lines):
+        if line.event:
+            fine = not (line.to or line.kind or line.message_class or line.digest or line.bytes)
+        else:
+            known, short = classes[line.kind], line.bytes <= longest(report)
+            fine = line.to in report.transcripts and is_hex(line.digest, 32) and line.bytes > 0 and line.kind != ""
+            if number < report.ledger.entries:
+                fine = fine and line.message_class == known and (short or line.kind in LISTS)
+            else:
+                after[line.to, line.kind] += 1
+                once = line.kind in ONCE
+                fine = fine and line.message_class in (CLASSES if known is None else [known])
+                fine = fine and line.kind not in early and (not once or (short and after[line.to, line.kind] == 1))
+        if not fine:
+            yield f"line {number + 1}"
+
+
+def _odd_time(report: Report, lines: list[_Line]) -> Iterator[str]:
+    opened = [line for line in lines[: report.ledger.entries] if line.event == "opened"][:1]
+    around = [_instant(line.time) for line in (*opened, *lines[report.ledger.entries :][:1])]
+    match around:
+        case [datetime() as start, datetime() as end]:
+            if not start - TOLERANCE <= datetime.fromisoformat(report.time) <= end + TOLERANCE:
+                yield f"the report says {report.time}"
+        case _:
+            yield "they have no time"
+
+
+def _instant(text: str) -> datetime | None:
+    with suppress(ValueError):
+        time = datetime.fromisoformat(text)
+        return time if time.tzinfo else None
+    return None
+
+
 def _closing(report: Report, keys: Keys, lines: list[_Line]) -> Check:
-    """At the end every peer signed for all that was exchanged: a ledger made up later has no such signatures."""
+    """At the end every peer signed for the digests of all that arrived: a ledger made up later has no such signatures.
+    They do not cover the labels and times in our ledger."""
     name = f"{report.party}: ledger: every peer signed for all that it records"
     closings = {line.peer: line for line in lines if line.event == "countersigned"}
-    if not closings:
-        return Check(name=name, status="NOT RUN", detail="the session did not close; a later step of it failed")
-    messages, odd = [line for line in lines if line.kind != "Closing"], []
+    messages, odd = [line for line in lines if line.kind not in ("Closing", "Abort")], []
     ours = keys[report.party].key_id
-    for peer in report.transcripts:
-        closing, theirs = closings.get(peer, _Line()), keys[peer].key_id
+    for peer in (peer for peer in report.transcripts if peer in closings):
+        closing, theirs = closings[peer], keys[peer].key_id
         sent, received = from_hex(closing.sent), from_hex(closing.received)
         statement = transcript_statement(bytes.fromhex(report.session), ours, theirs, sent, received)
         stands = signed(keys[peer], "transcript", statement, closing.signature)
         if not stands or closing.sent != _transcript(messages, peer):
             odd.append(peer)
+    missing = ", ".join(peer for peer in report.transcripts if peer not in closings)
+    aborted = any(line.kind == "Abort" for line in lines)
+    if not odd and (missing or aborted):
+        why = "we stopped it" if aborted else "a later step of it failed, or a peer left"
+        unsigned = f"; not signed by {missing}" if missing else ""
+        return Check(name=name, status="NOT RUN", detail=f"the session did not close: {why}{unsigned}")
     return ask(name, odd)
+
+
+def _later(report: Report, lines: list[_Line], *, closed: bool) -> Check:
+    """What left between the report and the end of its session, a model's messages among it."""
+    name = f"{report.party}: ledger: classes of the messages that left after this report"
+    after = [line for line in lines[report.ledger.entries :] if line.kind]
+    found = Counter(line.message_class for line in after)
+    listed = ", ".join(f"{found[one]:,} {one}" for one in sorted(CLASSES) if found[one]) or "none left"
+    unknown = sum(known_class(kind) is None for kind in {line.kind for line in after})
+    if unknown:
+        listed += f"; {unknown} of their kinds not known here"
+    if not closed:
+        listed += "; the session did not close"
+    return Check(name=name, status="PASS" if after and closed and not unknown else "NOT RUN", detail=listed)

@@ -7,6 +7,7 @@ run. Neither shows what ids a party put in: that is `psi.audit`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -22,11 +23,13 @@ from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity, check_name
 from psi.align import least_rows
+from psi.budget import Use
 from psi.commitment import input_root
 from psi.exchange import Flow, Way, What
 from psi.hash_to_curve import TAG
 from psi.inputs import CANARIES, decoys_for
-from psi.record import Keys, ask, check_record, from_hex, is_hex, signed
+from psi.messages import PART, part_count
+from psi.record import LISTS, Keys, ask, check_record, from_hex, is_hex, known_class, longest, signed
 from psi.report import (
     Check,
     Governance,
@@ -36,12 +39,16 @@ from psi.report import (
     canonical,
     common_facts,
     countersigned_statement,
+    due_check_names,
     false_match_bound,
     party_facts,
     report_digest,
 )
+from psi.reveal import POSITIONS
 
 MOST_PARTIES = 16  # as in an agreement
+MOST = 2**63  # whatever a party counts is below that
+UNGIVEN = "none was given: keys, purpose, legal basis and limits only as the report states them"
 SHARED: dict[str, Callable[[Report], Any]] = {
     "agreement": lambda one: one.agreement,
     "session": lambda one: one.session,
@@ -63,7 +70,7 @@ def load_report(path: Path) -> Report:
 
 
 def verify(paths: Sequence[Path], agreement: Agreement | None = None) -> list[Check]:
-    """All checks of the given reports. Without `agreement` the public keys are those that the reports state.
+    """All checks of the given reports. Without `agreement` keys and terms are those that the reports state.
 
     A ledger that lies beside a report is checked with it.
 
@@ -93,6 +100,8 @@ def each_check(paths: Sequence[Path], agreement: Agreement | None = None) -> Ite
 def _malformed(report: Report) -> Iterator[str]:
     """What keeps the other checks from being made. Nothing of the report is quoted: it may be anything."""
     names, bits = list(report.parties), report.input
+    if any(abs(number) >= MOST for number in _integers(msgspec.to_builtins(report))):
+        yield "a number is too large"
     try:
         for name in names:
             check_name(name)
@@ -122,8 +131,23 @@ def _malformed(report: Report) -> Iterator[str]:
         yield "the steps are not the agreed keys"
     if not all(text.isprintable() for check in report.checks for text in (check.name, check.detail)):
         yield "a check's text"
-    if not (_is_time(report.time) and _is_date(report.governance.expires)):
+    if not re.fullmatch(r"[a-z0-9 ]{1,64}", report.task):  # as in a Hello
+        yield "the task"
+    if not {use.peer for use in report.budget} <= set(peers):
+        yield "the budget is not that of the peers"
+    times = [report.time, *([report.selftest.time] if report.selftest else [])]
+    if not (all(map(_is_time, times)) and _is_date(report.governance.expires)):
         yield "a time is not written as it should be"
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _integers(inner)
+    elif isinstance(value, int):
+        yield value
 
 
 def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[Check]:
@@ -132,9 +156,13 @@ def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[
     def about(question: str, odd: Iterable[str], note: str = "") -> Check:
         return ask(f"{party}: {question}", odd, note)
 
+    what = f"task {report.task}, session {report.session[:8]}…, {report.size:,} rows in common"
+    yield about(what, [], "a rehearsal, not a run" if report.task == "selftest" else "")
     odd = [] if as_file(report) == read_bytes(path, "the report") else ["its spelling was changed"]
     yield about("the file reads byte for byte as it was written", odd)
-    if agreement is not None:
+    if agreement is None:
+        yield Check(name=f"{party}: is of the given agreement", status="NOT RUN", detail=UNGIVEN)
+    else:
         odd = list(_differs(report, agreement))
         yield about("is of the given agreement", odd)
         if odd:  # its keys are not those of the parties
@@ -156,19 +184,28 @@ def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[
     found = Counter((f.step, f.direction, f.peer, f.what, f.owner, f.count) for f in report.flows)
     odd = ["a list is missing, not due, or of another length"] if found != Counter(due_flows(report)) else []
     yield about("every list that must have passed did, as long as announced", odd, f"{len(report.flows)} lists")
-    odd = [] if as_predicted(report) and _plain_traffic(report) else ["bytes, or messages, of a kind"]
+    odd = [] if as_predicted(report) and _due_traffic(report) else ["bytes, or messages, of a kind"]
     yield about("what left is as long as the set sizes imply", odd)
+    odd = [] if all(one.ledger_class == known_class(one.kind) for one in report.traffic) else ["unknown, or another"]
+    yield about("each kind of message that left is known, and of its class", odd)
     if report.budget:
         odd = [use.peer for use in report.budget if use.refusal]
         odd += [] if [use.peer for use in report.budget] == list(report.transcripts) else ["the peers"]
-        yield about("every peer's use is within the stated limits", odd)
+        within, some = about("every peer's use is within the stated limits", odd), any(map(_limited, report.budget))
+        yield within if odd or some else Check(name=within.name, status="NOT RUN", detail="no limit is stated")
     if rehearsal := report.selftest:
         right = rehearsal.passed and rehearsal.expected == rehearsal.found and rehearsal.time <= report.time
-        yield about("the rehearsal found what it had to", [] if right else ["it did not"], rehearsal.time)
-    yield about("it lists the checks made during the run", [] if report.checks else ["none is listed"])
+        title = f"{party} states: the rehearsal found what it had to"
+        yield ask(title, [] if right else ["it did not"], rehearsal.time)
+    due = [check.name for check in report.checks] == due_check_names(report)
+    yield about("it lists the checks made during the run", [] if due else ["one is missing, or not one of them"])
     for check in report.checks:
         yield Check(name=f"{party} found: {check.name}", status=check.status, detail=check.detail)
     yield from check_record(path, report, keys)
+
+
+def _limited(use: Use) -> bool:
+    return any((use.limits.runs, use.limits.distinct_ids, use.limits.smallest_difference))
 
 
 def _differs(report: Report, agreement: Agreement) -> Iterator[str]:
@@ -211,11 +248,13 @@ def _inconsistent(report: Report) -> Iterator[str]:
             input_root(max(0, report.input.rows.kept), from_hex(report.input.merkle_root)).hex(),
         ),
         "columns": (set(report.input.columns), set(governance.identifiers.fields)),
+        "key of the escrow": (bool(re.fullmatch(FINGERPRINT, report.keys.escrow)), True),
     }
     yield from (what for what, (stated, due) in follows.items() if stated != due)
 
 
 _TO_HUB = "rows to the label holder"
+FINGERPRINT = "(([0-9a-f]{4}-){7}[0-9a-f]{4})?"  # or none
 
 
 def _is_hub(report: Report) -> bool:
@@ -238,7 +277,7 @@ def _odd_rows(report: Report) -> Iterator[str]:
 
 def _odd_steps(report: Report) -> Iterator[str]:
     agreed, rest, total = report.governance.intersection, report.input.rows.kept, 0
-    smallest = least_rows(agreed, report.task)
+    smallest = max(least_rows(agreed, report.task), report.input.minimum)
     least, cap = CANARIES + agreed.decoys, CANARIES + agreed.decoys + agreed.maximum_rows + agreed.bucket - 1
     for number, step in enumerate(report.steps, 1):
         sizes, ids = step.set_sizes, step.set_sizes[report.party] - CANARIES - step.decoys
@@ -255,7 +294,7 @@ def _odd_steps(report: Report) -> Iterator[str]:
             yield f"step {number}: more rows in common than in a set"
         total, rest = total + step.size, rest - step.size
         if total < smallest:
-            yield f"step {number}: fewer rows in common than the agreed minimum"
+            yield f"step {number}: fewer rows in common than the minimum"
 
 
 def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
@@ -288,11 +327,31 @@ def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
             yield number, way, peer, what, owner, count
 
 
-def _plain_traffic(report: Report) -> bool:
-    """Whether each peer and kind is listed once, with as much as a message at least has."""
-    distinct = {(one.to, one.kind) for one in report.traffic}
-    known = all(one.to in report.transcripts and 0 < one.messages <= one.bytes for one in report.traffic)
-    return known and len(distinct) == len(report.traffic)
+def due_messages(report: Report) -> Counter[tuple[str, str]]:
+    """How many messages of a kind `report.party` must have sent to a peer, by (peer, kind)."""
+    steps, result = len(report.steps), report.governance.intersection.result
+    often = {"Hello": 1, "InputCommitment": 1, "SeedReveal": 1, "SetSize": steps, "Seen": steps, "Gate": 2 * steps}
+    if result == "rows":
+        often |= {"Gate": 3 * steps, "OrderPoint": steps, "OrderTag": steps}
+    if report.party == list(report.parties)[-1 if result == _TO_HUB else 0]:
+        often["IntersectionSize"] = steps
+    due = Counter({(peer, kind): number for peer in report.transcripts for kind, number in often.items()})
+    part = {"points": ("MaskedPoints", PART), "tokens": ("Tokens", PART), "positions": ("Positions", POSITIONS)}
+    for _, way, peer, what, _, count in due_flows(report):
+        if way == "sent":
+            kind, size = part[what]
+            due[peer, kind] += part_count(count, size)
+    return due
+
+
+def _due_traffic(report: Report) -> bool:
+    """Whether each peer and kind is listed once, with as many messages as are due; those without a list are short."""
+    stated = Counter({(one.to, one.kind): one.messages for one in report.traffic})
+    short = all(
+        one.messages <= one.bytes and (one.kind in LISTS or one.bytes <= longest(report) * one.messages)
+        for one in report.traffic
+    )
+    return short and len(stated) == len(report.traffic) and stated == due_messages(report)
 
 
 # ---- several reports

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from parties.memory import play
 from parties.party_file import Party
 from parties.sealing import seal, unseal
 from parties.session import Session
+from parties.tables import Source
 from psi.align import Alignment, align
 from psi.audit import _reach, at_home, audit
 from psi.audit import replay_run as replay
@@ -28,7 +30,8 @@ from psi.escrow import ESCROW, Escrow, opening, sealed_escrow
 from psi.identifiers import Identifiers, canonical
 from psi.job import House as Premises
 from psi.job import intersect, prepare
-from psi.report import Check, Report, countersigned, make_report
+from psi.report import Check, Report, as_file, countersigned, make_report
+from psi.verify import load_report
 from tests.conftest import IDENTITIES, NAMES, Stream, agree, nonces, parties
 
 COMPLIANCE = Identity._from_secrets("compliance", Stream("c/c")(32), Stream("c/s")(32))
@@ -339,6 +342,24 @@ def test_every_step_of_a_cascade_replays(count: int) -> None:
         assert failed(replay(bank.report, again, COMPLIANCE, bank.ids))
 
 
+def test_rows_that_were_not_offered_in_a_step_cannot_have_been_matched_in_it() -> None:
+    """Row 11 of the bank has no number. A list that claims it leaves it out of the second step, where it was."""
+    bank = meet(agree(2, identifiers=CASCADE), PEOPLE)["bank"]
+    plain = msgspec.msgpack.decode(unseal(COMPLIANCE, bank.escrow, ESCROW), type=Escrow)
+    entries = np.frombuffer(plain.steps[0].matched, "<u4")
+    assert PEOPLE["bank"]["number"][11] == "" and 11 not in entries
+    assert replay(bank.report, bank.escrow, COMPLIANCE, bank.ids)[5].name.endswith(LEFT_OUT)
+    lie = np.array([11, *entries[1:]]).astype("<u4").tobytes()
+    step = msgspec.structs.replace(plain.steps[0], matched=lie)
+    again = seal(
+        COMPLIANCE.public, msgspec.msgpack.encode(msgspec.structs.replace(plain, steps=[step, plain.steps[1]])), ESCROW
+    )
+    assert LEFT_OUT in failed(replay(bank.report, again, COMPLIANCE, bank.ids))
+
+
+LEFT_OUT = "step 1: what later steps leave out is what was common"
+
+
 def test_another_compliance_key_does_not_open(bank: House) -> None:
     checks = replay(bank.report, bank.escrow, IDENTITIES["mill"], bank.ids)
     assert failed(checks) == [OPENS]
@@ -500,6 +521,31 @@ def test_what_cannot_be_audited_is_refused(premises: Path, tmp_path: Path) -> No
     (tmp_path / "extract.csv").write_text("customer\nklant 1\n")
     with pytest.raises(LocalError, match=r"extract.csv.*'client'"):
         at_home(party, path, sample=5, against=tmp_path / "extract.csv")
+
+
+def reported(path: Path, task: str, folder: Path) -> Path:
+    """The same run's evidence, under another task; nobody looks at signatures here."""
+    shutil.copytree(path.parent, folder)
+    plain = msgspec.to_builtins(load_report(path)) | {"task": task}
+    (folder / path.name).write_bytes(as_file(msgspec.convert(plain, Report)))
+    return folder / path.name
+
+
+def test_a_rehearsal_is_not_audited(premises: Path, tmp_path: Path) -> None:
+    party, path = Party(premises / "bank.toml"), premises / "out" / "bank" / "psi_report.json"
+    with pytest.raises(LocalError, match="is the report of a rehearsal: its ids were made up"):
+        at_home(party, reported(path, "selftest", tmp_path / "rehearsal"), sample=5)
+
+
+def test_a_scoring_is_audited_against_the_file_that_was_scored(premises: Path, tmp_path: Path) -> None:
+    party, path = Party(premises / "bank.toml"), premises / "out" / "bank" / "psi_report.json"
+    scored = reported(path, "score with it", tmp_path / "scored")
+    (tmp_path / "other.csv").write_text("client,x\nklant 1,1\n")
+    assert statuses(at_home(party, scored, sample=40, source=Source(premises / "bank.csv"))) == ["PASS"] * 3
+    checks = at_home(party, scored, sample=40, source=Source(tmp_path / "other.csv"))
+    assert failed(checks) == [COUNTS]
+    assert checks[1].detail.endswith("; a scoring took --input FILE: give the same")
+    assert "--input" not in at_home(party, path, sample=40, source=Source(tmp_path / "other.csv"))[1].detail
 
 
 def test_secrets_are_in_no_plain_file(bank: House) -> None:

@@ -161,16 +161,31 @@ def test_a_real_report_in_its_own_words(two: Report) -> None:
         "300 rows of ours, by customer",
         "250 rows are common to all 2 parties",
         "Signed by bank, countersigned by grocer.",
-        "No id and no row left in readable form.",
+        "No id and no row left in readable form, up to this point; the model’s messages that followed are only in the",
+        "bank.toml --replay compliance.key",
         "Rows read Empty id Invalid id Duplicate Took part 304 2 0 2 300",
         "less than 1 in 10^1",
         two.time.replace("T", " ").replace("+00:00", " UTC"),
         "5,000 synthetic rows: 1,234 expected in common, 1,234 found",
-        "colonnade verify psi_report.json --party bank.toml --sample 459",
+        "verify psi_report.json --agreement agreement.toml --party bank.toml --sample 459 --against extract.csv",
         "docs/threats.md",
     ):
         assert words in shown, words
     assert all(f"{check.name} {check.status}" in shown for check in two.checks)
+
+
+@pytest.mark.parametrize("task", ["align", "selftest", "train", "score with it"])
+def test_only_where_nothing_follows_the_page_speaks_of_all_that_left(task: str, two: Report) -> None:
+    shown = text_of(html.render(msgspec.structs.replace(two, task=task)))
+    whole = task in ("align", "selftest")
+    assert ("No id and no row left in readable form." in shown) == whole
+    assert ("the model’s messages that followed are only in the ledger." in shown) != whole
+    assert ("the signatures that follow it are in the ledger." in shown) == whole
+
+
+def test_every_command_names_the_agreement(two: Report) -> None:
+    commands = re.findall(r"<pre><code>(.*?)</code></pre>", html.render(two))
+    assert len(commands) == 4 and all("--agreement agreement.toml" in command for command in commands)
 
 
 def test_the_totals_are_those_of_the_messages(three: Report) -> None:
@@ -203,7 +218,8 @@ def test_every_result_says_what_it_reveals() -> None:
         said[result] = {name: text_of(html.render(report)) for name, report in out.items()}
     for shown in said.values():
         assert all("Set sizes are rounded up to multiples of 400." in page for page in shown.values())
-        assert all("Our policy sets no budget" in page and "No copy was kept" in page for page in shown.values())
+        assert all("Our policy sets no budget" in page for page in shown.values())
+        assert all(f"{name} states that no copy was kept" in page for name, page in shown.items())
     assert "“rows”: to each party, which of its own rows" in said["rows"]["mill"]
     assert "to bank, which of its own rows are common to all; to the others, only" in said[
         "rows to the label holder"]["mill"]  # fmt: skip
@@ -218,7 +234,10 @@ def test_every_result_says_what_it_reveals() -> None:
 def test_what_is_missing_is_said(two: Report) -> None:
     bare = msgspec.structs.replace(two, signature="", countersignatures={}, selftest=None, budget=[])
     shown = text_of(html.render(bare))
-    assert "Not signed by bank, grocer." in shown and "Not signed; no countersignature of grocer." in shown
+    assert "Do not rely on this report: not signed by bank, grocer." in shown and "All checks passed" not in shown
+    assert "Not signed; no countersignature of grocer." in shown
+    left = html.render(msgspec.structs.replace(two, countersignatures={}))
+    assert "Do not rely on this report: not signed by grocer." in text_of(left) and '<div class="verdict fail">' in left
     assert "NOT RUN No rehearsal" in shown
     spent = used("grocer", runs=13, difference=None)
     shown = text_of(html.render(msgspec.structs.replace(two, budget=[spent])))

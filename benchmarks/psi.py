@@ -219,7 +219,7 @@ def align(rows: int) -> dict[str, Any]:
         before = busy(cores)
         used = together(
             folder,
-            {one: [sys.executable, "-m", "vfl.cli", "align", str(path)] for one, path in paths.items()},
+            {one: [sys.executable, "-m", "vfl", "align", str(path)] for one, path in paths.items()},
             title,
         )
         machine = busy(cores) - before

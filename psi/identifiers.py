@@ -236,4 +236,9 @@ def encode(session: bytes, type: bytes, value: bytes) -> bytes:
 
     The session keeps points of one session from meaning anything in another; the type keeps kinds of ids apart.
     """
-    return _prefixed(session) + _prefixed(type) + _prefixed(value)
+    return encoding(session, type) + _prefixed(value)
+
+
+def encoding(session: bytes, type: bytes) -> bytes:
+    """What all encoded values of one type begin with."""
+    return _prefixed(session) + _prefixed(type)

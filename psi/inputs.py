@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from psi.identifiers import Key, encode
+from psi.identifiers import Key, encode, encoding
 
 CANARIES = 64
 
@@ -36,10 +36,10 @@ class InputSet:
 
     def take(self, entries: NDArray[np.uint32] | NDArray[np.int64]) -> list[bytes]:
         """The entries at some positions, encoded as they are hashed to the curve."""
-        real = entries < len(self.rows)
-        ids = iter(self.key.take(self.rows[entries[real]]))
+        real, head = entries < len(self.rows), encoding(self.session, self.key.type)
+        ids = (head + len(one).to_bytes(4, "big") + one for one in self.key.take(self.rows[entries[real]]))
         return [
-            encode(self.session, self.key.type, next(ids)) if is_real else self._extra(entry - len(self.rows))
+            next(ids) if is_real else self._extra(entry - len(self.rows))
             for is_real, entry in zip(real.tolist(), entries.tolist(), strict=True)
         ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from psi.commitment import leaves
 from psi.group import Bytes, suite, token
 
 
@@ -27,8 +26,3 @@ def check_and_mask(name: str, scalar: bytes, points: Bytes, sample: int | None =
 def check_mask_and_hide(name: str, scalar: bytes, session: bytes, width: int, points: Bytes) -> Bytes:
     """The same, and then as tokens, (n, width) uint8: we are the last to mask them, and check a sample of 128."""
     return token(check_and_mask(name, scalar, points, 128), session, width)
-
-
-def salted_leaves(key: bytes, item: tuple[int, Sequence[bytes]]) -> Bytes:
-    """Leaves of our commitment, (n, 32) uint8, from the number of the first one and the values of all."""
-    return leaves(key, *item)

@@ -179,7 +179,7 @@ def test_an_extract_that_lacks_our_ids_is_found(escrowed: tuple[Path, dict[str, 
 def test_audits_need_our_own_report_alone(escrowed: tuple[Path, dict[str, Path]]) -> None:
     folder, _ = escrowed
     code, _, err = colonnade("verify", folder / "out" / "bank" / "psi_report.json", "--sample", 5)
-    assert code == 2 and "give it alone, and --party" in err
+    assert code == 2 and "--party goes with --sample NUMBER or --replay KEY" in err
 
 
 def test_a_budget_is_kept_across_runs_and_refuses_before_anything_is_sent(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def worker_processes(process: subprocess.Popen[str]) -> list[int]:
 @pytest.mark.parametrize(("what", "code"), [("a worker is killed", 2), ("interrupted", 130)])
 def test_whatever_happens_to_workers_both_sides_end_with_one_line(tmp_path: Path, what: str, code: int) -> None:
     paths = many(tmp_path, 60_000)
-    own = [sys.executable, "-m", "vfl.cli", "align"]
+    own = [sys.executable, "-m", "vfl", "align"]
     running = {name: subprocess.Popen([*own, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                for name, path in paths.items()}  # fmt: skip
     until = time.monotonic() + 60

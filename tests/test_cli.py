@@ -300,7 +300,7 @@ def test_policy_can_forbid_plaintext(tmp_path):
 def test_a_killed_peer_ends_the_others_with_exit_code_4(tmp_path):
     paths = build(tmp_path, customers(400), model="tolerance = 1e-12")
     log = tmp_path / "bank.events"
-    command = [sys.executable, "-m", "vfl.cli", "run"]
+    command = [sys.executable, "-m", "vfl", "run"]
     others = {}
     with log.open("w") as events:
         for name in ("bank", "grocer", "telco"):
@@ -326,7 +326,7 @@ def test_a_killed_peer_ends_the_others_with_exit_code_4(tmp_path):
             process.kill()
             process.wait()
             process.stderr.close()
-    assert not [one for one in psutil.Process(os.getpid()).children() if "vfl.cli" in " ".join(one.cmdline())]
+    assert not [one for one in psutil.Process(os.getpid()).children() if "-m vfl" in " ".join(one.cmdline())]
 
 
 def test_help_is_complete():
@@ -393,7 +393,7 @@ def test_an_interrupted_party_tells_the_others_and_seals_its_ledger(tmp_path, nu
     paths = build(tmp_path, customers(400), model="tolerance = 1e-12\nsolver = 'lbfgs'\nallow_reconstruction = true")
     running = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "vfl.cli", "run", str(path), "--events"],
+            [sys.executable, "-m", "vfl", "run", str(path), "--events"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -11,7 +11,7 @@ import time
 def test_the_demo_reaches_the_centralised_model(tmp_path):
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "vfl.cli", "demo", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "vfl", "demo", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -116,7 +116,7 @@ def together(commands: dict[str, list[object]], timeout: float = 120) -> tuple[d
     """One real process a party; exit codes and standard errors."""
     errors: dict[str, list[str]] = {name: [] for name in commands}
     codes = launch(
-        {name: [sys.executable, "-m", "vfl.cli", *map(str, rest)] for name, rest in commands.items()},
+        {name: [sys.executable, "-m", "vfl", *map(str, rest)] for name, rest in commands.items()},
         timeout=timeout,
         on_error=lambda name, line: errors[name].append(line),
     )

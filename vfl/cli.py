@@ -337,6 +337,7 @@ def verify(
 ) -> None:
     """Check PSI reports offline: signatures, counts, ledgers; several together also against each other; with --party,
     --sample and --replay also our input against what was committed and sent."""
+    import vfl.messages  # noqa: F401, a ledger names its kinds
     from psi import audit
     from psi.verify import each_check
 
@@ -398,7 +399,3 @@ def main() -> None:
     """Entry point of the `colonnade` command."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service that is stopped tells the others too
     app()
-
-
-if __name__ == "__main__":
-    main()

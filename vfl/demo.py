@@ -49,9 +49,7 @@ def run_demo(folder: Path, key_bits: int = 3072) -> dict[str, Any]:
         raise LocalError(f"key_bits is 2048, 3072 or 4096, not {key_bits}")
     start = time.perf_counter()
     tables = write_parties(folder, key_bits)
-    commands = {
-        name: [sys.executable, "-m", "vfl.cli", "run", str(folder / f"{name}.toml"), "--events"] for name in tables
-    }
+    commands = {name: [sys.executable, "-m", "vfl", "run", str(folder / f"{name}.toml"), "--events"] for name in tables}
     errors: dict[str, list[str]] = {name: [] for name in tables}
     bars = Bars() if out.is_terminal else None
     watcher = Watcher()

@@ -408,4 +408,7 @@ def due_check_names(report: Report) -> list[str]:
 def schema() -> dict[str, Any]:
     """The JSON schema of the report."""
     known = msgspec.json.schema(Report)
+    for part in known["$defs"].values():
+        if "description" in part:  # Python versions indent docstrings differently
+            part["description"] = " ".join(part["description"].split())
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "psi_report.json"} | known

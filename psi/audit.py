@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -75,6 +76,10 @@ def at_home(
     if sample:
         extract = None if against is None else _extract(party, against)
         checks += audit(report, _kept(path, "psi_opening.bin"), ids, sample, extract)
+    if replay is not None and not report.keys.escrow:
+        raise LocalError(f"{path}: no escrow was kept of this run; set escrow in [policy] before the next one")
+    if replay is not None and replay.suffix == ".pub":
+        raise LocalError(f"{replay} is a public key; --replay needs the compliance team's key file, NAME.key")
     if replay is not None:
         escrow, workers = _kept(path, "psi_escrow.bin"), Workers(party.file.workers)
         try:
@@ -94,10 +99,18 @@ def _kept(path: Path, name: str) -> Path:
 def _extract(party: Party, path: Path) -> Identifiers:
     """The ids of an extract, read by the agreement's rules; which of its rows are empty or double does not matter."""
     columns = party.id_columns
-    table = read_table(Source(path, party.source.separator), list(columns.values()))
+    table = read_table(Source(path, _separator(path, party.source.separator)), list(columns.values()))
     texts = {name: table.ids[column] for name, column in columns.items()}
     agreed = party.agreement.identifiers
     return canonical(texts, agreed, duplicates="first", empty="drop", names=columns, source=table.source)
+
+
+def _separator(path: Path, ours: str) -> str:
+    """An extract may come from another tool than our table: its header tells what separates its columns."""
+    with suppress(OSError, UnicodeDecodeError), path.open(encoding="utf-8-sig") as file:
+        header = file.readline()
+        return ours if ours in header else next((mark for mark in ";,\t|" if mark in header), ours)
+    return ours
 
 
 # ---- a sample of the committed ids

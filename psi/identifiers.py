@@ -81,8 +81,9 @@ def canonical(
 ) -> Identifiers:
     """The canonical keys of a table's id columns, given by the agreement's field names, each key once.
 
-    `duplicates` is fail, first, last or aggregate (which row stands for several with an equal first key: the first,
-    but for "last"); `empty` is fail or drop, for empty and invalid ids. `names` are our columns, for error texts.
+    `duplicates` is fail, first, last or aggregate (which row stands for several with an equal key, the first that they
+    have: the first row, but for "last"); `empty` is fail or drop, for empty and invalid ids. `names` are our columns,
+    for error texts.
 
     Raises:
         LocalError: an unknown rule; a column that a spreadsheet or a float type has spoilt; what the policies do not
@@ -133,7 +134,7 @@ def canonical(
         Key(" + ".join(key), _type(key, agreed), pa.chunked_array(values, pa.large_binary()), have, marks)
         for key, values, have, marks in zip(agreed.cascade, pieces, usable, prints, strict=True)
     )
-    rows, groups = _each_once(keys, total, last=duplicates == "last")
+    rows, groups = _each_once(keys, total, duplicates)
     again = total - sum(dropped.values()) - len(rows)
     if again and duplicates == "fail":
         raise LocalError(
@@ -201,18 +202,19 @@ def _prints(values: list[bytes | None], secret: bytes) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(out), np.uint64).reshape(-1, 2)
 
 
-def _each_once(keys: tuple[Key, ...], total: int, *, last: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rows that stand for themselves and for those of an equal first key, and which of them each row goes with.
-    A row that has only later keys stands for itself."""
+def _each_once(keys: tuple[Key, ...], total: int, duplicates: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows that stand for themselves and for those that repeat them, and which of them each row goes with. A row
+    repeats another when the first key that it has is equal; under "fail", only the first key of all counts."""
     stands = np.full(total, -1, np.int64)
-    first = np.flatnonzero(keys[0].usable)
-    order, begins = sorted_groups(keys[0].prints[first])
-    number = np.cumsum(begins) - 1
-    ends = np.append(begins[1:], True) if len(begins) else begins
-    stands[first[order]] = first[order[ends if last else begins]][number]
-    for key in keys[1:]:
-        other = key.usable & (stands < 0)
-        stands[other] = np.flatnonzero(other)
+    for place, key in enumerate(keys):
+        having = np.flatnonzero(key.usable & (stands < 0))
+        if place and duplicates == "fail":
+            stands[having] = having
+            continue
+        order, begins = sorted_groups(key.prints[having])
+        number = np.cumsum(begins) - 1
+        ends = np.append(begins[1:], True) if len(begins) else begins
+        stands[having[order]] = having[order[ends if duplicates == "last" else begins]][number]
     rows = np.unique(stands[stands >= 0])
     groups = np.where(stands >= 0, np.searchsorted(rows, stands), -1)
     return rows, groups

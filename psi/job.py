@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parties.agreement import parse_json
-from parties.errors import LocalError
+from parties.errors import LocalError, Refused
 from parties.files import Scratch, set_aside, write_whole
 from parties.party_file import Party
 from parties.sealing import seal
@@ -56,6 +56,7 @@ def prepare(
         LocalError: names file, column and count. Refused: our budget for a peer is used up.
     """
     choice, agreement = party.file.table, party.agreement
+    _check_forbidden(party)
     table = read_table(
         source or party.source,
         list(party.id_columns.values()),
@@ -80,6 +81,16 @@ def prepare(
             f"{table.source}: {len(ids)} rows, the agreement's cap is {agreement.intersection.maximum_rows}"
         )
     return Prepared(table, ids)
+
+
+def _check_forbidden(party: Party) -> None:
+    """Raises Refused for a policy under which no intersection can run, before anything is sent."""
+    names, hub_only = [one.name for one in party.agreement.ring], "rows to the label holder"
+    judge = names[-1] if party.agreement.intersection.result == hub_only else names[0]
+    needed = {"masked"} | ({"aggregate"} if party.name == judge else set())
+    for one in sorted(needed & set(party.file.policy.forbid)):
+        what = "the number of common rows, which we tell the others" if one == "aggregate" else "every masked id"
+        raise Refused(f"{party.path}: [policy] forbids {one} messages, hence {what}; take it out of forbid")
 
 
 class House:
@@ -235,6 +246,14 @@ def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcom
         alignment, report = intersect(session, prepared, party.file.policy.minimum_intersection, house)
     rows = None if alignment.rows is None else prepared.ids.rows[alignment.rows]
     if rows is not None:
-        lines = "".join(f"{row}\n" for row in rows.tolist())
-        write_whole(house.path("rows.csv"), f"row\n{lines}".encode(), mode=0o600)
+        keys = [step.key for step in report.steps for _ in range(step.size)] if len(report.steps) > 1 else []
+        write_whole(house.path("rows.csv"), _listed(rows, keys).encode(), mode=0o600)
     return Outcome(report, rows, {name: round(value, 3) for name, value in session.seconds.items()})
+
+
+def _listed(rows: NDArray[np.int64], keys: Sequence[str]) -> str:
+    """CSV: our common rows and, of a cascade, the key under which each was found."""
+    if not keys:
+        return "row\n" + "".join(f"{row}\n" for row in rows.tolist())
+    quoted = {key: '"' + key.replace('"', '""') + '"' for key in set(keys)}
+    return "row,key\n" + "".join(f"{row},{quoted[key]}\n" for row, key in zip(rows.tolist(), keys, strict=True))

@@ -163,6 +163,11 @@ def test_our_own_auditor_opens_a_sample_and_replays_the_run(escrowed: tuple[Path
     assert not (folder / "out" / "grocer" / "psi_escrow.bin").exists()
     code, out, err = colonnade(*own, "--replay", folder / "bank.key")
     assert code == 2 and "FAIL" in out + err
+    code, _, err = colonnade(*own, "--replay", folder / "compliance.pub")
+    assert code == 2 and "compliance.pub is a public key" in err
+    found = pd.read_csv(folder / "out" / "bank" / "rows.csv")
+    steps = {step["key"]: step["size"] for step in json.loads(report.read_text())["steps"]}
+    assert found["key"].value_counts().to_dict() == steps
 
 
 def test_an_extract_that_lacks_our_ids_is_found(escrowed: tuple[Path, dict[str, Path]]) -> None:
@@ -170,8 +175,8 @@ def test_an_extract_that_lacks_our_ids_is_found(escrowed: tuple[Path, dict[str, 
     table = pd.read_csv(folder / "bank.csv", dtype=str)
     report = folder / "out" / "bank" / "psi_report.json"
     for name, share, expected in (("whole", 1.0, 0), ("half", 0.5, 2)):
-        extract = folder / f"{name}.csv"
-        table.sample(frac=share, random_state=1).to_csv(extract, index=False)
+        extract = folder / f"{name}.csv"  # of another tool: the separator differs from our table's
+        table.sample(frac=share, random_state=1).to_csv(extract, index=False, sep=";")
         code, out, _ = colonnade("verify", report, "--party", paths["bank"], "--sample", 60, "--against", extract)
         assert code == expected, out
 
@@ -379,3 +384,23 @@ def test_evidence_that_was_set_aside_is_never_overwritten(tmp_path: Path) -> Non
     (tmp_path / "ledger.jsonl").write_text("newer")
     set_aside(tmp_path, ["ledger.jsonl"])
     assert (tmp_path / "earlier" / "4" / "ledger.jsonl").read_text() == "newer"
+
+
+@pytest.mark.parametrize(("who", "what"), [("bank", "aggregate"), ("grocer", "masked")])
+def test_a_policy_under_which_nothing_can_run_is_refused_by_check(tmp_path: Path, who: str, what: str) -> None:
+    paths = settled(tmp_path)
+    paths[who].write_text(paths[who].read_text() + f'[policy]\nforbid = ["{what}"]\n')
+    code, _, err = colonnade("check", paths[who])
+    assert code == 3 and f"[policy] forbids {what} messages" in err and "take it out of forbid" in err
+
+
+def test_a_customer_with_several_rows_and_no_number_is_found_by_the_second_key() -> None:
+    from parties.agreement import Identifiers as Agreed
+    from psi.identifiers import canonical
+
+    agreed = Agreed(fields={"number": "digits/1", "name": "text/1"}, keys=(("number",), ("name",)))
+    columns = {"number": ["1", "1", "", "", ""], "name": ["a", "a", "b", "B ", "c"]}
+    ids = canonical(columns, agreed, duplicates="first", empty="drop")
+    assert ids.rows.tolist() == [0, 2, 4]
+    assert ids.groups.tolist() == [0, 0, 1, 1, 2]
+    assert ids.counts["duplicate"] == 2

@@ -100,10 +100,13 @@ def test_any_mode_finds_the_plain_join(data: st.DataObject) -> None:
 def cascade_by_pandas(tables: Sequence[pd.DataFrame], keys: Sequence[Sequence[str]]) -> list[tuple[int, ...]]:
     """The rows that match, key after key: each over rows unmatched so far that have the key, and have it alone."""
     kept = []
-    for table in tables:
-        has_first = table[list(keys[0])].notna().all(axis=1)
-        again = table[has_first].duplicated(list(keys[0])).reindex(table.index, fill_value=False)
-        kept.append(table[~again])
+    for table in tables:  # of rows that are equal under the first key that they have, the first stays
+        left, stay = table, []
+        for key in keys:
+            having = left.dropna(subset=list(key))
+            stay += having.drop_duplicates(list(key)).index.tolist()
+            left = left.drop(index=having.index)
+        kept.append(table.loc[sorted(stay)])
     found: list[tuple[int, ...]] = []
     for key in keys:
         left = []

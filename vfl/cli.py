@@ -217,6 +217,14 @@ def sign(path: PartyPath) -> None:
     out.print(f"wrote {written}", soft_wrap=True)
 
 
+def _waiting(party: Party, events: bool) -> None:
+    if not events:
+        others = ", ".join(one.name for one in party.agreement.ring if one.name != party.name)
+        out.print(
+            f"{party.name}: waiting for {others}, at most {party.agreement.deadlines.connect:.0f} s", soft_wrap=True
+        )
+
+
 @app.command()
 def selftest(
     path: PartyPath,
@@ -230,6 +238,7 @@ def selftest(
     party = Party(path)
     source = None if input_file is None else _source(party, input_file)
     with occupied(party.output), logging_to(party.output / "log.txt") as (log, _), Watcher(events) as watcher:
+        _waiting(party, events)
         result = rehearse(party, watcher, log.warning, source=source, expected=expect)
         log.info("selftest in session %s: %d of %d rows found", result.session, result.found, result.expected)
     if not events:
@@ -242,6 +251,7 @@ def align(path: PartyPath, events: Events = False) -> None:
     party = Party(path)
     with occupied(party.output), logging_to(party.output / "log.txt") as (log, _), Watcher(events) as watcher:
         log.info("align of %s under agreement %s", party.name, party.agreement.digest.hex())
+        _waiting(party, events)
         outcome = job.run(party, watcher, log.warning)
         log.info("session %s: %d rows in common", outcome.report.session, outcome.report.size)
     if not events:
@@ -263,8 +273,7 @@ def run(path: PartyPath, events: Events = False) -> None:
         Watcher(events) as watcher,
     ):
         log.info("run of %s under agreement %s", party.name, party.agreement.digest.hex())
-        if not events and out.is_terminal:
-            out.print(f"{party.name}: waiting for the others, at most {party.agreement.deadlines.connect:.0f} s")
+        _waiting(party, events)
         outcome = model_job.run(party, watcher, log.warning)
         summary = report.write_outcome(party, outcome, warnings)
         log.info("session %s: %d rows in common", outcome.session, len(outcome.rows))
@@ -302,6 +311,7 @@ def predict(
         Watcher(events) as watcher,
     ):
         share = model or party.output / "model.json"
+        _waiting(party, events)
         outcome, prepared = model_job.predict(party, _source(party, input_file), share, watcher, log.warning)
         if output_file is not None:
             report.write_scores(output_file, prepared, outcome)

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from parties.errors import LocalError
@@ -17,6 +18,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 DASK = "dask://"
 CONNECT = 20.0  # seconds for a Dask scheduler to answer
+PATIENCE = 600.0  # seconds for a group of items, which takes a few; then the workers are taken to hang
 
 
 class Workers:
@@ -57,9 +59,9 @@ class Workers:
         while group := list(islice(items, 2 * self.count)):
             started.append(self._threads.submit(self._run, work, group))
             if len(started) > 1:
-                yield from _results(started.popleft())
+                yield from self._results(started.popleft())
         while started:
-            yield from _results(started.popleft())
+            yield from self._results(started.popleft())
 
     def _run(self, work: Callable[[T], R], group: list[T]) -> list[R | Exception]:
         backend = {"backend": "loky"} if self._client is None else {"backend": "dask", "client": self._client}
@@ -67,6 +69,30 @@ class Workers:
             parallel = Parallel(n_jobs=self.count, pre_dispatch="all", batch_size=1, max_nbytes=None)
             results: list[R | Exception] = parallel(delayed(_attempt)(work, item) for item in group)
         return results
+
+    def _results(self, group: Future[list[R | Exception]]) -> Iterator[R]:
+        try:
+            results = group.result(timeout=PATIENCE)
+        except TimeoutError:
+            self._give_up()
+            raise LocalError(f"our workers gave no result within {PATIENCE:.0f} s; are they running?") from None
+        except Exception as error:
+            if not (isinstance(error, TerminatedWorkerError) or type(error).__module__.startswith("distributed.")):
+                raise
+            raise LocalError(
+                "one of our worker processes was ended from outside, perhaps for lack of memory; set fewer workers"
+            ) from None
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    def _give_up(self) -> None:
+        """End workers that hang: the threads that wait for them would keep this process from ending."""
+        if self._client is None:
+            get_reusable_executor(reuse=True).shutdown(wait=False, kill_workers=True)
+        else:
+            self._client.close()
 
     def close(self) -> None:
         """Leave the cluster, if any; processes of this machine end by themselves."""
@@ -81,21 +107,6 @@ def _attempt(work: Callable[[T], R], item: T) -> R | Exception:
         return work(item)
     except Exception as error:
         return error
-
-
-def _results(group: Future[list[R | Exception]]) -> Iterator[R]:
-    try:
-        results = group.result()
-    except Exception as error:
-        if not (isinstance(error, TerminatedWorkerError) or type(error).__module__.startswith("distributed.")):
-            raise
-        raise LocalError(
-            "one of our worker processes was ended from outside, perhaps for lack of memory; set fewer workers"
-        ) from None
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-        yield result
 
 
 def _connect(address: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -89,6 +90,16 @@ def test_an_alignment_is_the_same_with_workers(workers: Workers, monkeypatch: py
     found = run(workers)
     assert found == run(Workers())
     assert set(found["mill"]) == set(range(100, 190))
+
+
+def test_workers_that_hang_are_given_up_and_others_take_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parties.workers.PATIENCE", 2.0)
+    start = time.monotonic()
+    with pytest.raises(LocalError, match="our workers gave no result within 2 s"):
+        list(Workers(2).map(time.sleep, [60.0]))
+    assert time.monotonic() - start < 30
+    monkeypatch.setattr("parties.workers.PATIENCE", 60.0)
+    assert [value for value, _ in Workers(2).map(square, [3])] == [9]
 
 
 def test_zero_is_one_process_a_core() -> None:

@@ -25,15 +25,7 @@ if TYPE_CHECKING:
 CHUNK_ROWS = 1 << 15  # SQLite
 CHUNK_BYTES = 8 << 20  # PostgreSQL
 CONNECT_SECONDS = 10
-
-
-def header(source: Source) -> list[str]:
-    """The names of all columns. Raises LocalError when the database cannot be read."""
-    if source.kind == "sqlite":
-        with _sqlite(source) as connection:
-            return _sqlite_header(source, connection)
-    with _postgresql(source) as cursor:
-        return list(_postgresql_types(source, cursor))
+READ_SECONDS = 3600  # for a table to be read, waits for locks included
 
 
 def batches(source: Source, columns: Sequence[str], features: Sequence[str], label: str) -> Iterator[pa.RecordBatch]:
@@ -184,6 +176,7 @@ def _postgresql(source: Source) -> Iterator[Any]:
         with connection, connection.cursor() as cursor:
             cursor.adbc_statement.set_options(**{StatementOptions.BATCH_SIZE_HINT_BYTES.value: str(CHUNK_BYTES)})
             cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            cursor.execute(f"SET LOCAL statement_timeout = '{READ_SECONDS}s'")
             yield cursor
     except (Error, pa.ArrowException, OSError) as error:
         raise LocalError(f"{source}: {_no_rows(getattr(error, 'sqlstate', None) or '')}") from None

@@ -175,15 +175,6 @@ def read_table(
     return Table(source.name, {name: table.column(name) for name in ids}, numbers, truth, table.num_rows)
 
 
-def header(source: Source) -> list[str]:
-    """The names of all columns. Raises LocalError when the table cannot be opened."""
-    if source.kind in ("sqlite", "postgresql"):
-        return databases.header(source)
-    if source.kind == "parquet":
-        return list(_parquet_schema(_files(source)[0]).names)
-    return _csv_header(_files(source)[0], source)
-
-
 def _batches(source: Source, columns: list[str], features: Sequence[str], label: str) -> Iterator[pa.RecordBatch]:
     if source.kind in ("sqlite", "postgresql"):
         return databases.batches(source, columns, features, label)

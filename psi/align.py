@@ -27,7 +27,7 @@ _UNCONFIRMED = "did not confirm the intersection"
 
 @dataclass(frozen=True)
 class Step:
-    """One key's exchange: everybody's set sizes, and how many rows are common under it (-1: only "below" is known)."""
+    """One key's exchange: everybody's set sizes, and how many rows are common under it."""
 
     key: str
     set_sizes: dict[str, int]

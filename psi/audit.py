@@ -39,7 +39,7 @@ from psi.job import prepare
 from psi.masking import hash_and_mask
 from psi.messages import parts
 from psi.record import ask, beside, from_hex
-from psi.report import Check, Report
+from psi.report import SELFTEST, Check, Report
 from psi.verify import load_report
 
 Bools = NDArray[np.bool_]
@@ -68,7 +68,7 @@ def at_home(
     report = load_report(path)
     if report.party != party.name or report.agreement != party.agreement.digest.hex():
         raise LocalError(f"{path} is not a report of {party.name} under the agreement that {party.path} names")
-    if report.task == "selftest":
+    if report.task == SELFTEST:
         raise LocalError(f"{path} is the report of a rehearsal: its ids were made up, there is nothing to audit")
     if against is not None and sample < 1:
         raise LocalError("--against looks up the sampled ids: give --sample NUMBER too")

@@ -78,6 +78,11 @@ class Use(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     limits: Limits
 
     @property
+    def limited(self) -> bool:
+        """Whether any limit is set at all."""
+        return any((self.limits.runs, self.limits.distinct_ids, self.limits.smallest_difference))
+
+    @property
     def refusal(self) -> str | None:
         """Which limit is exceeded and what to do, in one line; None when the run is within the budget."""
         limits, spent = self.limits, f"the budget for {self.peer} is used up"

@@ -1,4 +1,4 @@
-"""The masked exchange: k sets go round a ring, everybody masks every set, the hub intersects what nobody can read.
+"""The masked exchange: k sets go round a ring, everybody masks every set, a judge intersects what nobody can read.
 
 Ring order is the agreement's, the label holder (the hub) first. After k-1 hops the set of party i is masked by all and
 sits with party i-1, its holder, as tokens. Lists stream in parts; only a shuffle waits for the whole of a list.
@@ -25,6 +25,7 @@ from psi.inputs import CANARIES, InputSet
 from psi.masking import check_and_mask, check_mask_and_hide, hash_and_mask
 from psi.messages import PART, MaskedPoints, Seen, SetSize, Tokens, part_count, parts
 
+TO_HUB = "rows to the label holder"
 Randomness = Callable[[int], bytes]
 Way = Literal["sent", "received"]
 What = Literal["points", "tokens", "positions"]
@@ -41,6 +42,12 @@ class Flow:
     owner: str
     count: int
     digest: str
+
+
+def judge_of(result: str, parties: int) -> int:
+    """The place of who gets all tokens and intersects: the hub; but where only the hub is to get rows, the holder of
+    its set, who then decides over the minimum, and has nothing to gain."""
+    return parties - 1 if result == TO_HUB else 0
 
 
 @dataclass
@@ -64,10 +71,8 @@ class Ring:
 
     @property
     def judge(self) -> int:
-        """Who gets all tokens and intersects: the hub; but where only the hub is to get rows, the holder of its set,
-        who then decides over the minimum, and has nothing to gain."""
-        hub_only = self.session.agreement.intersection.result == "rows to the label holder"
-        return len(self.names) - 1 if hub_only else 0
+        """The place of who gets all tokens and intersects."""
+        return judge_of(self.session.agreement.intersection.result, len(self.names))
 
     def at(self, offset: int) -> int:
         """The place `offset` steps onward from ours."""

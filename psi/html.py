@@ -14,7 +14,7 @@ from collections import Counter
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from psi.group import POINT_BYTES, token_width
-from psi.report import Report, Traffic, as_file, report_digest
+from psi.report import SELFTEST, Report, Traffic, as_file, report_digest
 
 KINDS = {  # what messages carry, in the reader's words
     "Hello": "which agreement, our approval, a fresh random number",
@@ -51,7 +51,7 @@ def render(report: Report) -> str:
         hub=next((name for name, facts in report.parties.items() if facts.role == "label holder"), ""),
         kinds=_by_kind(report.traffic),
         classes=classes,
-        models=report.task not in ("align", "selftest"),  # then a model's messages follow this report
+        models=report.task not in ("align", SELFTEST),  # then a model's messages follow this report
         readable=not OPAQUE.issuperset(classes),
         sent={name: _by_class(report.traffic, name) for name in dict.fromkeys(one.to for one in report.traffic)},
         point_bytes=POINT_BYTES,

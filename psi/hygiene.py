@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from parties import agreement
 from parties.errors import LocalError
-from psi.identifiers import CHUNK, FLOAT, ROUNDED, _prints, sorted_groups
+from psi.identifiers import CHUNK, FLOAT, ROUNDED, keyed_prints, sorted_groups
 from psi.rules import rule
 
 DIGITS_ONLY = r"^[0-9]+$"
@@ -184,7 +184,7 @@ def _survey_field(column: pa.ChunkedArray, known: str, secret: bytes) -> tuple[d
         counts["padded"] += _count(pc.and_(pc.not_equal(trimmed, text), pc.not_equal(trimmed, "")))
         longest = max(longest, pc.max(pc.utf8_length(text)).as_py())
         usable[start : start + CHUNK] = [one is not None for one in found]
-        prints.append(_prints([one.encode() for one in found if one is not None], secret))
+        prints.append(keyed_prints([one.encode() for one in found if one is not None], secret))
     group, distinct = _groups(np.concatenate(prints), usable)
     names = ("empty", "refused", "changed", "digits_only", "with_letters", "rounded", "floats", "padded")
     return {name: counts[name] for name in names} | {"distinct": distinct, "longest": longest}, group

@@ -116,7 +116,7 @@ def canonical(
             values = _joined([fields[name] for name in key])
             have = np.array([value is not None for value in values])
             pieces[number].append(_column(values, have))
-            prints[number][start : start + CHUNK] = _prints(values, secret)
+            prints[number][start : start + CHUNK] = keyed_prints(values, secret)
             usable[number][start : start + CHUNK] = have
             lacking &= ~have
         invalid = sum(bool(lacking[i]) for i in spoilt)
@@ -192,7 +192,8 @@ def _column(values: list[bytes | None], have: NDArray[np.bool_]) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), len(values), [pa.py_buffer(buffer) for buffer in buffers])
 
 
-def _prints(values: list[bytes | None], secret: bytes) -> NDArray[np.uint64]:
+def keyed_prints(values: list[bytes | None], secret: bytes) -> NDArray[np.uint64]:
+    """A keyed hash of every value, (n, 2) uint64, to find equal ones by; `secret` is of one run of one process."""
     keyed = hashlib.blake2b(digest_size=16, key=secret)
     out = []
     for value in values:

@@ -23,10 +23,11 @@ from psi import html
 from psi.align import Alignment, align
 from psi.budget import Budget, Use, fingerprints
 from psi.escrow import ESCROW, opening, sealed_escrow
+from psi.exchange import judge_of
 from psi.identifiers import CHUNK, Identifiers, canonical
-from psi.report import Report, SelfTest, as_file, countersigned, make_report
+from psi.report import SELFTEST, Report, SelfTest, as_file, countersigned, make_report
 
-ALIGN, SELFTEST = "align", "selftest"
+ALIGN = "align"
 BUDGET = "budget.sqlite"
 EVIDENCE = ("ledger.jsonl", "psi_report.json", "psi_report.html", "psi_opening.bin", "psi_escrow.bin")
 ALIGNED = (*EVIDENCE, "rows.csv", "summary.json")
@@ -85,8 +86,8 @@ def prepare(
 
 def _check_forbidden(party: Party) -> None:
     """Raises Refused for a policy under which no intersection can run, before anything is sent."""
-    names, hub_only = [one.name for one in party.agreement.ring], "rows to the label holder"
-    judge = names[-1] if party.agreement.intersection.result == hub_only else names[0]
+    ring = party.agreement.ring
+    judge = ring[judge_of(party.agreement.intersection.result, len(ring))].name
     needed = {"masked"} | ({"aggregate"} if party.name == judge else set())
     for one in sorted(needed & set(party.file.policy.forbid)):
         what = "the number of common rows, which we tell the others" if one == "aggregate" else "every masked id"
@@ -105,6 +106,7 @@ class House:
         if self.escrow is not None:
             seal(self.escrow, b"", ESCROW)
         self._limits = party.file.policy.budget if spends else None
+        self._offered: tuple[Identifiers, NDArray[np.uint64]] | None = None
 
     def path(self, name: str) -> Path:
         """Where a piece of evidence goes."""
@@ -118,14 +120,20 @@ class House:
         with tempfile.TemporaryDirectory() as empty:
             path = kept if kept.exists() else Path(empty) / BUDGET
             budget = Budget(path, self.party.identity, self._limits)
-            return budget.check(self._peers(), offered(budget.key, ids))
+            return budget.check(self._peers(), self._fingerprints(budget, ids))
 
     def spend(self, session: Session, ids: Identifiers) -> list[Use]:
         """Record this run with every peer, before a point is sent. Raises Refused."""
         if self._limits is None:
             return []
         budget = Budget(self.party.output / BUDGET, self.party.identity, self._limits)
-        return budget.spend(self._peers(), session.id, session.task, offered(budget.key, ids))
+        return budget.spend(self._peers(), session.id, session.task, self._fingerprints(budget, ids))
+
+    def _fingerprints(self, budget: Budget, ids: Identifiers) -> NDArray[np.uint64]:
+        """Once for the check and the run: a microsecond an id."""
+        if self._offered is None or self._offered[0] is not ids:
+            self._offered = ids, offered(budget.key, ids)
+        return self._offered[1]
 
     def _peers(self) -> dict[str, bytes]:
         ring = self.party.agreement.ring
@@ -233,7 +241,6 @@ class Outcome:
 
     report: Report
     rows: NDArray[np.int64] | None
-    seconds: dict[str, float]
 
 
 def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcome:
@@ -248,7 +255,7 @@ def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcom
     if rows is not None:
         keys = [step.key for step in report.steps for _ in range(step.size)] if len(report.steps) > 1 else []
         write_whole(house.path("rows.csv"), _listed(rows, keys).encode(), mode=0o600)
-    return Outcome(report, rows, {name: round(value, 3) for name, value in session.seconds.items()})
+    return Outcome(report, rows)
 
 
 def _listed(rows: NDArray[np.int64], keys: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from parties.message import class_of
 from parties.session import Session
 from psi.align import Alignment, Step, checks_made
 from psi.budget import Use
-from psi.exchange import Flow
+from psi.exchange import TO_HUB, Flow, judge_of
 from psi.group import POINT_BYTES, token_width
 from psi.hash_to_curve import TAG
 from psi.identifiers import Identifiers
@@ -28,6 +28,7 @@ from psi.messages import Countersignature, ReportDigest
 
 VERSIONS = ("colonnade", "cryptography", "gmpy2", "msgspec", "numpy", "phonenumbers", "pyarrow", "pynacl", "pyzmq")
 HEADER = 300  # bytes of a message beside its array, at most
+SELFTEST = "selftest"  # the task of a rehearsal
 Status = Literal["PASS", "FAIL", "NOT RUN"]
 _AS_PREDICTED = "what left us is as long as the set sizes imply"
 _REHEARSED = "rehearsal on synthetic ids with a known overlap"
@@ -331,7 +332,7 @@ def predicted_arrays(party: str, steps: list[Step], result: str) -> dict[tuple[s
         sizes, k, place = list(step.set_sizes.values()), len(names), names.index(party)
         previous, following = names[(place - 1) % k], names[(place + 1) % k]
         add(following, "MaskedPoints", POINT_BYTES * sum(sizes[(place - hop) % k] for hop in range(k - 1)))
-        judge = k - 1 if result == "rows to the label holder" else 0
+        judge = judge_of(result, k)
         if place != judge:
             add(names[judge], "Tokens", token_width(sum(sizes)) * sizes[(place + 1) % k])
         list_bytes = 4 * (step.size + CANARIES)
@@ -340,7 +341,7 @@ def predicted_arrays(party: str, steps: list[Step], result: str) -> dict[tuple[s
             if place == 0:
                 for holder in names[1:]:
                     add(holder, "Positions", list_bytes)
-        elif result == "rows to the label holder" and place:
+        elif result == TO_HUB and place:
             add(previous, "Positions", list_bytes)
     return out
 
@@ -389,9 +390,9 @@ def _checks(report: Report, alignment: Alignment) -> list[Check]:
             detail="" if rehearsal else "colonnade selftest was not run under this agreement",
         )
     )
-    limited = any(use.limits.runs or use.limits.distinct_ids or use.limits.smallest_difference for use in report.budget)
+    limited = any(use.limited for use in report.budget)
     within = not any(use.refusal for use in report.budget)
-    no_budget = "a rehearsal spends none" if report.task == "selftest" else "our policy sets no budget"
+    no_budget = "a rehearsal spends none" if report.task == SELFTEST else "our policy sets no budget"
     checks.append(
         Check(name=_WITHIN_BUDGET, status=words[within if limited else None], detail="" if limited else no_budget)
     )

@@ -14,9 +14,9 @@ from parties.party_file import Party
 from parties.session import Progress
 from parties.tables import Source, Table
 from psi.identifiers import canonical
-from psi.job import EVIDENCE, SELFTEST, House, Prepared, intersect, meeting, prepare
-from psi.report import SelfTest
-from psi.specimen import rehearsal_tables
+from psi.job import EVIDENCE, House, Prepared, intersect, meeting, prepare
+from psi.report import SELFTEST, SelfTest
+from psi.specimen import rehearsal_steps, rehearsal_tables
 
 COMMON, OWN = 300, 100
 
@@ -38,8 +38,10 @@ def rehearse(
     if (source is None) != (expected is None):
         raise LocalError("a rehearsal on our own file needs both --input FILE and --expect NUMBER")
     house, approval = House(party, "selftest_", spends=source is not None), party.approval
+    steps: list[int] | None = None
     if source is None:
-        prepared, expected = _synthetic(party)
+        prepared, steps = _synthetic(party)
+        expected = sum(steps)
     else:
         prepared = prepare(party, source=source)
     names = [house.path(name).name for name in EVIDENCE]
@@ -52,7 +54,7 @@ def rehearse(
         rows=len(prepared.ids),
         expected=expected or 0,
         found=alignment.size,
-        passed=alignment.size == expected,
+        passed=alignment.size == expected and steps in (None, [step.size for step in alignment.steps]),
     )
     path = party.output / "selftest.json"
     write_json(path, {party.agreement.digest.hex(): msgspec.to_builtins(result)})
@@ -61,8 +63,8 @@ def rehearse(
     return result
 
 
-def _synthetic(party: Party) -> tuple[Prepared, int]:
-    """Ids that all parties derive from the agreement alone; the first ones in common, the others our own."""
+def _synthetic(party: Party) -> tuple[Prepared, list[int]]:
+    """Ids that all parties derive from the agreement alone, and how many are common under each of its keys."""
     agreement = party.agreement
     names = [one.name for one in agreement.ring]
     wanted = max(COMMON, agreement.intersection.minimum) * len(agreement.identifiers.cascade)  # the first key's share
@@ -71,4 +73,4 @@ def _synthetic(party: Party) -> tuple[Prepared, int]:
     seed = hashlib.sha256(b"colonnade/psi/selftest/1" + agreement.digest).digest()
     columns = rehearsal_tables(agreement.identifiers, seed, names.index(party.name), len(names), common, own)
     ids = canonical(columns, agreement.identifiers, empty="drop", source="the rehearsal's table")
-    return Prepared(Table("rehearsal", {}, {}, None, len(ids)), ids), common
+    return Prepared(Table("rehearsal", {}, {}, None, len(ids)), ids), rehearsal_steps(agreement.identifiers, common)

@@ -23,14 +23,14 @@ from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity, check_name
 from psi.align import least_rows
-from psi.budget import Use
 from psi.commitment import input_root
-from psi.exchange import Flow, Way, What
+from psi.exchange import TO_HUB, Flow, Way, What, judge_of
 from psi.hash_to_curve import TAG
 from psi.inputs import CANARIES, decoys_for
 from psi.messages import PART, part_count
 from psi.record import LISTS, Keys, ask, check_record, from_hex, is_hex, known_class, longest, signed
 from psi.report import (
+    SELFTEST,
     Check,
     Governance,
     Report,
@@ -157,7 +157,7 @@ def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[
         return ask(f"{party}: {question}", odd, note)
 
     what = f"task {report.task}, session {report.session[:8]}…, {report.size:,} rows in common"
-    yield about(what, [], "a rehearsal, not a run" if report.task == "selftest" else "")
+    yield about(what, [], "a rehearsal, not a run" if report.task == SELFTEST else "")
     odd = [] if as_file(report) == read_bytes(path, "the report") else ["its spelling was changed"]
     yield about("the file reads byte for byte as it was written", odd)
     if agreement is None:
@@ -191,7 +191,10 @@ def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[
     if report.budget:
         odd = [use.peer for use in report.budget if use.refusal]
         odd += [] if [use.peer for use in report.budget] == list(report.transcripts) else ["the peers"]
-        within, some = about("every peer's use is within the stated limits", odd), any(map(_limited, report.budget))
+        within, some = (
+            about("every peer's use is within the stated limits", odd),
+            any(use.limited for use in report.budget),
+        )
         yield within if odd or some else Check(name=within.name, status="NOT RUN", detail="no limit is stated")
     if rehearsal := report.selftest:
         right = rehearsal.passed and rehearsal.expected == rehearsal.found and rehearsal.time <= report.time
@@ -202,10 +205,6 @@ def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[
     for check in report.checks:
         yield Check(name=f"{party} found: {check.name}", status=check.status, detail=check.detail)
     yield from check_record(path, report, keys)
-
-
-def _limited(use: Use) -> bool:
-    return any((use.limits.runs, use.limits.distinct_ids, use.limits.smallest_difference))
 
 
 def _differs(report: Report, agreement: Agreement) -> Iterator[str]:
@@ -240,7 +239,7 @@ def _inconsistent(report: Report) -> Iterator[str]:
         "separation tag": (report.software.separation_tag, TAG.decode() + governance.intersection.suite),
         "canaries": (report.canaries, CANARIES),
         "size": (report.size, sum(step.size for step in report.steps)),
-        "who sees rows": (report.rows_revealed, result in (["rows"], ["rows", _TO_HUB])[_is_hub(report)]),
+        "who sees rows": (report.rows_revealed, result in (["rows"], ["rows", TO_HUB])[_is_hub(report)]),
         "bound on false matches": (report.false_match_bound, false_match_bound(report.steps)),
         "masking keys": (report.keys.created, len(report.steps)),
         "our commitment": (
@@ -253,7 +252,6 @@ def _inconsistent(report: Report) -> Iterator[str]:
     yield from (what for what, (stated, due) in follows.items() if stated != due)
 
 
-_TO_HUB = "rows to the label holder"
 FINGERPRINT = "(([0-9a-f]{4}-){7}[0-9a-f]{4})?"  # or none
 
 
@@ -306,7 +304,7 @@ def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
     lists: list[tuple[Way, str, What, str]] = []
     for hop in range(1, k):
         lists += [("sent", following, "points", at[(1 - hop) % k]), ("received", previous, "points", at[-hop % k])]
-    judge = k - 1 if result == _TO_HUB else 0
+    judge = judge_of(result, k)
     if place != judge:
         lists.append(("sent", names[judge], "tokens", following))
     else:
@@ -318,7 +316,7 @@ def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
     if result == "rows":
         for step in range(1, k):
             lists += [("sent", previous, "positions", at[step]), ("received", following, "positions", at[step + 1])]
-    elif result == _TO_HUB:
+    elif result == TO_HUB:
         lists += [("sent", previous, "positions", hub)] if place else []
         lists += [("received", following, "positions", hub)] if place != judge else []
     for number, one in enumerate(report.steps):
@@ -333,7 +331,7 @@ def due_messages(report: Report) -> Counter[tuple[str, str]]:
     often = {"Hello": 1, "InputCommitment": 1, "SeedReveal": 1, "SetSize": steps, "Seen": steps, "Gate": 2 * steps}
     if result == "rows":
         often |= {"Gate": 3 * steps, "OrderPoint": steps, "OrderTag": steps}
-    if report.party == list(report.parties)[-1 if result == _TO_HUB else 0]:
+    if report.party == list(report.parties)[judge_of(result, len(report.parties))]:
         often["IntersectionSize"] = steps
     due = Counter({(peer, kind): number for peer in report.transcripts for kind, number in often.items()})
     part = {"points": ("MaskedPoints", PART), "tokens": ("Tokens", PART), "positions": ("Positions", POSITIONS)}

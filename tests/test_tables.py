@@ -31,7 +31,7 @@ import parties.databases
 import parties.tables
 from parties.errors import LocalError
 from parties.files import Scratch
-from parties.tables import Source, Table, header, read_table
+from parties.tables import Source, Table, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -136,12 +136,6 @@ def test_common_ways_to_write_a_table_all_read(content: Any, options: dict[str, 
     assert (ids(found), found.features["x"].tolist(), len(found), found.rows) == (["a"], [1.0], 1, 1)
 
 
-def test_header_tells_all_columns(tmp_path: Path) -> None:
-    assert header(Source(written(tmp_path, "id;x\na;1\n"), ";")) == ["id", "x"]
-    assert header(Source(written(tmp_path, {"id": ["a"], "x": [1]}))) == ["id", "x"]
-    assert header(Source(tmp_path)) == ["id", "x"]
-
-
 def test_ids_of_a_megabyte_and_lines_within_values_are_read(tmp_path: Path) -> None:
     long = ["a" * 10**6, "b\n" * 400_000, "c"]
     text = "id,x\n" + "".join(f'"{value}",1\n' for value in long * 5)
@@ -226,7 +220,7 @@ def test_a_bad_table_is_refused_with_file_column_and_count_but_no_value(what: st
 def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "nowhere.csv does not exist" in complaint(lambda: read_table(Source(tmp_path / "nowhere.csv"), ["id"]))
     assert "the folder has no .parquet files" in complaint(lambda: read_table(Source(tmp_path), ["id"]))
-    assert "the folder has no .parquet files" in complaint(lambda: header(Source(tmp_path)))
+    assert "the folder has no .parquet files" in complaint(lambda: read_table(Source(tmp_path), ["id"]))
 
 
 @pytest.mark.parametrize(
@@ -537,7 +531,6 @@ def test_sqlite_reads_views_in_the_declared_order(small_chunks: None, tmp_path: 
     with sqlite3.connect(source.path) as connection:
         connection.execute("CREATE VIEW some AS SELECT * FROM clients WHERE y = 0")
     name = 'a "b" -- ?'
-    assert header(source) == ["id", name, "y"]
     found = read_table(Source(source.path, sql_table="main.clients", order_by=name), ["id"], [name], "y")
     assert (ids(found), found.features[name].tolist()) == (["a", "b", "c"], [1.0, 2.0, 3.0])
     assert found.label is not None and found.label.tolist() == [1.0, 0.0, 0.0]
@@ -573,7 +566,9 @@ def test_what_sqlite_cannot_give_is_one_clear_line(what: str, tmp_path: Path) ->
 def test_an_sqlite_file_that_is_none_or_is_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path, b"hush" * 300, "clients.db")
     assert "is not an SQLite database" in complaint(lambda: read_table(Source(path, sql_table="t"), ["id"]))
-    assert "nowhere.db does not exist" in complaint(lambda: header(Source(tmp_path / "nowhere.db", sql_table="t")))
+    assert "nowhere.db does not exist" in complaint(
+        lambda: read_table(Source(tmp_path / "nowhere.db", sql_table="t"), ["id"])
+    )
     source = database(tmp_path, "id", [("hush",)])
     monkeypatch.setattr(parties.databases, "CONNECT_SECONDS", 0.1)
     writer = sqlite3.connect(source.path, isolation_level=None)
@@ -664,7 +659,6 @@ def test_postgresql_reads_every_type_that_has_one_text(schema: str) -> None:
         f"INSERT INTO \"{schema}\".clients (d, s, z) VALUES ('infinity', '-infinity', 'infinity')",
     )
     source = Source(ADDRESS, sql_table=f"{schema}.clients", order_by="t")
-    assert header(source) == list(columns)
     found = read_table(source, list(columns))
     assert {name: ids(found, name) for name in columns} == {name: [one[2], "", ""] for name, one in columns.items()}
 
@@ -811,7 +805,7 @@ def test_a_connection_that_is_lost_is_told(schema: str, monkeypatch: pytest.Monk
 
 def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "adbc_driver_postgresql", None)
-    said = complaint(lambda: header(Source("postgresql://server/db", sql_table="t")))
+    said = complaint(lambda: read_table(Source("postgresql://server/db", sql_table="t"), ["id"]))
     assert "pip install 'colonnade[postgres]'" in said
 
 
@@ -820,7 +814,7 @@ def test_without_the_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_server_that_does_not_answer_is_told(server: str, text: str) -> None:
     pytest.importorskip("adbc_driver_postgresql", reason="the extra colonnade[postgres] is not installed")
-    said = complaint(lambda: header(Source(f"postgresql://user@{server}/db", sql_table="t")))
+    said = complaint(lambda: read_table(Source(f"postgresql://user@{server}/db", sql_table="t"), ["id"]))
     assert f"postgresql://{server}/db, table 't': {text}" in said
 
 
@@ -829,7 +823,7 @@ def test_a_server_that_stays_silent_is_given_up(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(parties.databases, "CONNECT_SECONDS", 2)  # the least that libpq waits
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"postgresql://user@127.0.0.1:{silent.getsockname()[1]}/db"
-        assert "no server answers there" in complaint(lambda: header(Source(address, sql_table="t")))
+        assert "no server answers there" in complaint(lambda: read_table(Source(address, sql_table="t"), ["id"]))
 
 
 # ---- sources

@@ -98,7 +98,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     C: Positive = 1.0
     fit_intercept: bool = True
     standardise: bool = True
-    solver: Literal["subspace", "lbfgs", "sgd"] = "subspace"
+    solver: Literal["subspace", "sgd"] = "subspace"
     tolerance: Positive = 1e-6
     max_exchanges: Count = 100
     learning_rate: Positive = 0.1
@@ -111,9 +111,11 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The additive scheme, its key length, and the fixed-point scales (fractional bits)."""
+    """The additive scheme ("auto": the cheaper by rows, columns and residual columns, the same at all parties), the key
+    length of Paillier, and the fixed-point scales (fractional bits). The lattice scheme takes fewer residual bits where
+    sums need the room."""
 
-    scheme: Literal["paillier"] = "paillier"
+    scheme: Literal["auto", "paillier", "lattice"] = "auto"
     key_bits: Literal[2048, 3072, 4096] = 3072
     feature_bits: Annotated[int, Meta(ge=8, le=30)] = 20
     residual_bits: Annotated[int, Meta(ge=8, le=40)] = 30

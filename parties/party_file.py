@@ -71,6 +71,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     minimum_intersection: Count = 0
     minimum_to_score: Count = 0
     minimum_key_bits: Count = 0
+    scheme: Literal["", "paillier", "lattice"] = ""
     maximum_exchanges: Annotated[int, Meta(ge=1)] = 1_000_000
     forbid: tuple[Literal["plaintext", "aggregate", "masked", "ciphertext"], ...] = ()
     most_revealed: Result = "rows"
@@ -122,6 +123,8 @@ class Party:
         policy, agreement = self.file.policy, self.agreement
         if agreement.encryption.key_bits < policy.minimum_key_bits:
             raise Refused(f"our policy wants keys of {policy.minimum_key_bits} bits; the agreement has fewer")
+        if policy.scheme and agreement.encryption.scheme != policy.scheme:
+            raise Refused(f"our policy wants scheme = {policy.scheme!r}; the agreement has another")
         if agreement.model.max_exchanges > policy.maximum_exchanges:
             raise Refused(f"our policy allows {policy.maximum_exchanges} exchanges; the agreement allows more")
 

@@ -390,7 +390,9 @@ def test_a_later_run_sets_the_earlier_ones_files_aside(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_party_tells_the_others_and_seals_its_ledger(tmp_path, number):
-    paths = build(tmp_path, customers(400), model="tolerance = 1e-12\nsolver = 'lbfgs'\nallow_reconstruction = true")
+    paths = build(
+        tmp_path, customers(400), model="solver = 'sgd'\nepochs = 500\nmax_exchanges = 500\nallow_reconstruction = true"
+    )
     running = {
         name: subprocess.Popen(
             [sys.executable, "-m", "vfl", "run", str(path), "--events"],

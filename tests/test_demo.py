@@ -32,3 +32,23 @@ def test_the_demo_reaches_the_centralised_model(tmp_path):
         files = {path.name for path in (tmp_path / name).iterdir()}
         assert {"model.json", "ledger.jsonl", "psi_report.json", "log.txt"} <= files
     assert "AUC, joint model" in done.stdout and "3072 bit" in done.stdout
+
+
+def test_the_demo_reaches_the_same_model_under_the_lattice_scheme(tmp_path):
+    command = [sys.executable, "-m", "vfl", "demo", "--scheme", "lattice", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["scheme"] == "lattice"
+    assert summary["max_abs_coef_difference"] < 1e-3
+    assert summary["relative_objective_gap"] < 1e-6
+    assert "lattice, 128-bit security" in done.stdout
+    predicted = summary["encryption"]["predicted"]
+    assert 0 < predicted["lattice"]["seconds"] < predicted["paillier"]["seconds"]
+
+
+def test_the_demo_refuses_an_unknown_scheme(tmp_path):
+    command = [sys.executable, "-m", "vfl", "demo", "--scheme", "rot13", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith("the scheme is paillier, lattice or auto, not 'rot13'")

@@ -20,7 +20,7 @@ from tests.training import agreed, altering, fit, kinds, sent, table, with_data,
 from vfl.encryption import paillier
 from vfl.encryption.paillier import ROOTS, SecretKey, generate
 from vfl.encryption.scheme import from_wire, to_wire
-from vfl.exchange import Scales, accept_key, offer_key, open_gradients, weigh_gradient
+from vfl.exchange import Terms, accept_key, offer_key, open_gradients, weigh_gradient
 from vfl.linear import VerticalLogisticRegression
 from vfl.messages import (
     Direction,
@@ -67,16 +67,20 @@ def exchange(
 ) -> dict[str, Any]:
     """`numbers` gradient exchanges and nothing else; what each party ended with."""
 
+    def terms(session: Session) -> Terms:
+        plans = {name: Plan(bytes(32), len(residual), part.shape[1], 0, 40) for name, part in x.items()}
+        return Terms.of(session.agreement, len(residual), plans, numbers)
+
     def label_holder(session: Session) -> None:
-        own = offer_key(session, secret)
-        widths = {name: part.shape[1] for name, part in x.items()}
+        end = offer_key(session, terms(session), secret)
         for number in range(numbers):
-            open_gradients(session, own, residual, widths, Scales.of(session.agreement, len(residual)), number)
+            open_gradients(end, residual, number)
 
     def feature_holder(session: Session) -> Any:
-        public, scales = accept_key(session), Scales.of(session.agreement, len(residual))
-        fixed = scales.features(x[session.name], [str(j) for j in range(x[session.name].shape[1])])
-        return [weigh_gradient(session, public, fixed, scales, number) for number in range(numbers)]
+        agreed_terms = terms(session)
+        fixed = agreed_terms.scales.features(x[session.name], [str(j) for j in range(x[session.name].shape[1])])
+        end = accept_key(session, agreed_terms, fixed)
+        return [weigh_gradient(end, number)[:, 0] for number in range(numbers)]
 
     roles: dict[str, Callable[[Session], Any]] = {"bank": label_holder} | dict.fromkeys(x, feature_holder)
     roles |= options.pop("roles", {})
@@ -300,7 +304,8 @@ def test_a_shorter_key_than_agreed_is_refused_even_with_a_valid_proof():
     short = generate(1024, insecure_for_tests=True)
 
     def offer(session: Session) -> None:
-        offer_key(session, short)
+        plans = {"grocer": Plan(bytes(32), 60, 3, 3, 40)}
+        offer_key(session, Terms.of(session.agreement, 60, plans, 1), short)
 
     assert "exactly 2048 bits" in refused_key(offer)
 

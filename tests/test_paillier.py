@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import pickle
 import random
 from math import gcd
 from pathlib import Path
+from unittest.mock import patch
 
 import gmpy2
 import numpy as np
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from parties.errors import LocalError
 from parties.workers import Workers
+from vfl.encryption import weigh as weighing
 from vfl.encryption.paillier import (
     ROOTS,
     PublicKey,
@@ -27,7 +28,7 @@ from vfl.encryption.paillier import (
     generate,
 )
 from vfl.encryption.scheme import from_wire, to_wire
-from vfl.encryption.weigh import PaillierWeigher, slots
+from vfl.encryption.weigh import PaillierOpener, PaillierWeigher, slots
 
 VECTORS = Path(__file__).resolve().parents[2] / "shared" / "vectors"
 BITS, SESSION, BOUND = 512, b"session 1", 2**30
@@ -134,11 +135,11 @@ def test_numbers_that_are_no_ciphertexts_are_refused_before_decryption(secret, m
 # Weighing
 
 
-def weigh(secret, chunks, bound=BOUND, width=1, **options):
-    columns = chunks[0][0].shape[1]
-    weigher = PaillierWeigher(secret.public, columns, bound, width=width, **options)
-    for x, r in chunks:
-        weigher.add(secret.encrypt(r), x)
+def weigh(secret, x, r, bound=BOUND, width=1, **options):
+    weigher = PaillierWeigher(secret.public, x, bound, width=width, **options)
+    opener = PaillierOpener(secret, options.get("slot_bits") or 0, width)
+    for part in range(weigher.parts):
+        weigher.add(opener.encrypt(r[part * opener.rows : (part + 1) * opener.rows]))
     return weigher.open(secret.open(weigher.finish()))
 
 
@@ -152,9 +153,8 @@ def test_weighing_equals_exact_integers(secret, data):
     x = np.array(data.draw(st.lists(cells, min_size=rows * columns, max_size=rows * columns)), np.int64)
     r = np.array(data.draw(st.lists(residuals, min_size=rows * width, max_size=rows * width)), np.int64)
     x, r = x.reshape(rows, columns), r.reshape(rows, width)
-    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, rows), max_size=3))), rows]
-    chunks = [(x[a:b], r[a:b]) for a, b in itertools.pairwise(cuts)]
-    got = weigh(secret, chunks, width=width)
+    with patch.object(weighing, "ROWS_PER_PART", data.draw(st.integers(1, 20))):
+        got = weigh(secret, x, r, width=width)
     assert got.shape == (columns, width)
     assert (got == x.astype(object).T @ r.astype(object)).all()
 
@@ -163,9 +163,8 @@ def test_many_rows_and_several_packs(secret):
     generator = np.random.default_rng(0)
     x, r = generator.integers(-(2**23), 2**23, (300, 30)), generator.integers(-BOUND, BOUND, (300, 1))
     x[:, 0], x[:, 1] = 0, generator.integers(0, 2, 300)
-    weigher = PaillierWeigher(secret.public, 30, BOUND)
-    weigher.add(secret.encrypt(r[:120]), x[:120])
-    weigher.add(secret.encrypt(r[120:]), x[120:])
+    weigher = PaillierWeigher(secret.public, x, BOUND)
+    weigher.add(secret.encrypt(r))
     masked = weigher.finish()
     assert len(masked) > 2
     assert (weigher.open(secret.open(masked)) == x.astype(object).T @ r.astype(object)).all()
@@ -174,49 +173,51 @@ def test_many_rows_and_several_packs(secret):
 def test_workers_change_nothing(secret):
     generator = np.random.default_rng(1)
     x, r = generator.integers(-99, 99, (20, 3)), generator.integers(-BOUND, BOUND, (20, 2))
-    assert (weigh(secret, [(x, r)], width=2, workers=Workers(2)) == x.T @ r).all()
+    assert (weigh(secret, x, r, width=2, workers=Workers(2)) == x.T @ r).all()
 
 
 def test_sums_that_do_not_fit_are_refused(secret):
     x, r = np.array([[2**20], [-(2**20)]]), np.array([[5], [5]])
     for options in ({"bound": 2**500}, {"slot_bits": 52}):  # 2^21 * 2^30, and two bits
         with pytest.raises(LocalError, match="do not fit"):
-            weigh(secret, [(x, r)], **options)
-    assert weigh(secret, [(x, r)], slot_bits=53).tolist() == [[0]]
+            weigh(secret, x, r, **options)
+    assert weigh(secret, x, r, slot_bits=53).tolist() == [[0]]
     edge = BITS - 1 - 2 - 21  # the largest sum one slot holds
-    assert weigh(secret, [(x * [[1], [-1]], [2**edge, 2**edge])], bound=2**edge).tolist() == [[2 ** (edge + 21)]]
+    assert weigh(secret, x * [[1], [-1]], [2**edge, 2**edge], bound=2**edge).tolist() == [[2 ** (edge + 21)]]
     with pytest.raises(LocalError, match="do not fit"):
-        weigh(secret, [(x, r)], bound=2**edge + 1)
-    for bad in (np.zeros((2, 2), np.int64), np.array([[2**62], [0]]), np.array([[-(2**63)], [0]])):
+        weigh(secret, x, r, bound=2**edge + 1)
+    for bad in (np.zeros(2, np.int64), np.array([[2**62], [0]]), np.array([[-(2**63)], [0]])):
         with pytest.raises(LocalError, match="below 2\\^62"):
-            PaillierWeigher(secret.public, 1, BOUND).add(secret.encrypt(r), bad)
+            PaillierWeigher(secret.public, bad, BOUND)
 
 
 def test_an_agreed_slot_fixes_the_number_of_packs(secret):
     per_pack = slots(secret.public, 64)
     for x in (np.ones((4, 20), np.int64), np.full((4, 20), 2**29)):
-        weigher = PaillierWeigher(secret.public, 20, BOUND, slot_bits=64)
-        weigher.add(secret.encrypt([1, 2, 3, 4]), x)
+        weigher = PaillierWeigher(secret.public, x, BOUND, slot_bits=64)
+        weigher.add(secret.encrypt([1, 2, 3, 4]))
         assert len(weigher.finish()) == -(-20 // per_pack)
 
 
 def test_bad_ciphertexts_are_refused_on_arrival(secret):
-    weigher = PaillierWeigher(secret.public, 1, BOUND)
+    x = np.array([[1], [2]])
     for bad in (0, secret.public.n, secret.public.n**2):
         with pytest.raises(ValueError, match="1 of 2 numbers"):
-            weigher.add(numbers(secret, [from_wire(secret.encrypt([1]))[0], bad]), np.array([[1], [2]]))
+            PaillierWeigher(secret.public, x, BOUND).add(numbers(secret, [from_wire(secret.encrypt([1]))[0], bad]))
     with pytest.raises(ValueError, match="shape"):
-        weigher.add(secret.encrypt([1, 2, 3]), np.array([[1], [2]]))
+        PaillierWeigher(secret.public, x, BOUND).add(secret.encrypt([1, 2, 3]))
 
 
 def test_an_exchange_is_used_once(secret):
-    weigher = PaillierWeigher(secret.public, 1, BOUND)
+    weigher = PaillierWeigher(secret.public, np.array([[4]]), BOUND)
     with pytest.raises(RuntimeError):
         weigher.open(to_wire([0], secret.public.n_bytes))
-    sealed, x = secret.encrypt([3]), np.array([[4]])
-    weigher.add(sealed, x)
+    with pytest.raises(RuntimeError, match="after all rows"):
+        weigher.finish()
+    sealed = secret.encrypt([3])
+    weigher.add(sealed)
     opened = secret.open(weigher.finish())
-    for again in (weigher.finish, lambda: weigher.add(sealed, x)):
+    for again in (weigher.finish, lambda: weigher.add(sealed)):
         with pytest.raises(RuntimeError, match="once"):
             again()
     assert weigher.open(opened).tolist() == [[12]]
@@ -230,8 +231,8 @@ def test_an_exchange_is_used_once(secret):
 def masked_by(secret, x, r, masks, bound=BOUND):
     """The weigher and its reply when its masks are the given ones."""
     draws = iter([v for mask in masks for v in (mask, 3)])  # per pack: the mask, then the unit 3
-    weigher = PaillierWeigher(secret.public, x.shape[1], bound, randomness=lambda _: next(draws))
-    weigher.add(secret.encrypt(r), x)
+    weigher = PaillierWeigher(secret.public, x, bound, randomness=lambda _: next(draws))
+    weigher.add(secret.encrypt(r))
     return weigher, weigher.finish()
 
 
@@ -265,8 +266,8 @@ def test_masks_are_spread_over_all_of_z_n(secret):
     draw, n, seen = random.Random(4).randrange, secret.public.n, []
     sealed = secret.encrypt([1], draw)
     for _ in range(400):
-        weigher = PaillierWeigher(secret.public, 1, BOUND, randomness=draw)
-        weigher.add(sealed, np.array([[1]]))
+        weigher = PaillierWeigher(secret.public, np.array([[1]]), BOUND, randomness=draw)
+        weigher.add(sealed)
         seen.append(secret.decrypt(weigher.finish())[0])
     counts = np.bincount([8 * v // n for v in seen], minlength=8)
     assert ((counts - 50) ** 2 / 50).sum() < 24.3  # chi-squared, 7 degrees of freedom, 0.1 %
@@ -276,8 +277,8 @@ def test_replies_are_rerandomised_and_replay(secret):
     x, sealed = np.array([[1, 2]]), secret.encrypt([1])
 
     def reply(randomness):
-        weigher = PaillierWeigher(secret.public, 2, BOUND, randomness=randomness)
-        weigher.add(sealed, x)
+        weigher = PaillierWeigher(secret.public, x, BOUND, randomness=randomness)
+        weigher.add(sealed)
         return weigher.finish().tobytes()
 
     fixed = [iter([42, unit]) for unit in (5, 7)]  # the same mask, another unit

@@ -610,7 +610,7 @@ def put(plain: Any, path: str, value: Any) -> None:
 def another(plain: bytes, path: str, value: Any) -> tuple[Any, bytes] | None:
     """Some other value that an agreement may have at `path`, and that agreement's text."""
     near = [not value] if isinstance(value, bool) else [value + 1, value / 2] if isinstance(value, (int, float)) else []
-    named = ["size", "P256_XMD:SHA-256_SSWU_RO_", "sgd", "2998-12-31", "tcp://other:1", str(PRESS)]
+    named = ["size", "P256_XMD:SHA-256_SSWU_RO_", "sgd", "paillier", "2998-12-31", "tcp://other:1", str(PRESS)]
     for candidate in [*near, f"{value}x", 2048, *named]:
         theirs = json.loads(plain)
         put(theirs, path, candidate)
@@ -636,7 +636,7 @@ def test_every_single_difference_is_listed_with_both_values() -> None:
             assert found == [(path, value, changed_value[0])]
     roles = {f"parties.{name}.role" for name in NAMES[:3]}
     places = {f"parties.{name}.place" for name in NAMES[:3]}  # another order is a difference of its own
-    assert fixed <= roles | places | {"model.kind", "encryption.scheme"}  # of which there is one
+    assert fixed <= roles | places | {"model.kind"}  # of which there is one
     assert differences(ours, ours.canonical) == []
 
 

@@ -60,7 +60,7 @@ def objective(x: np.ndarray, y: np.ndarray, coef: np.ndarray, intercept: float, 
 def agreed(names: list[str], **tables: Any) -> dict[str, Any]:
     """Identities and an agreement on the shortest key that is allowed, as keyword arguments of `outcomes`."""
     identities = {name: Identity.generate(name) for name in names}
-    tables = {"encryption": {"key_bits": 2048}, "deadlines": {"message": 60.0}} | tables
+    tables = {"encryption": {"scheme": "paillier", "key_bits": 2048}, "deadlines": {"message": 60.0}} | tables
     agreement: Agreement = make_agreement(identities, **tables)
     return {"identities": identities, "agreement": agreement}
 

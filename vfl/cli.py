@@ -34,7 +34,7 @@ from psi.selftest import rehearse
 from vfl.console import Watcher, err, frames, logging_to, out
 
 if TYPE_CHECKING:
-    from vfl.estimate import Cost
+    from vfl.estimate import Estimate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,11 +57,12 @@ Events = Annotated[bool, typer.Option("--events", hidden=True, help="Progress as
 def demo(
     out_folder: Annotated[Path, typer.Option("--out", help="Where the results go.")] = Path("out/demo"),
     key_bits: Annotated[int, typer.Option(help="Paillier key length: 2048, 3072 or 4096.")] = 3072,
+    scheme: Annotated[str, typer.Option(help="Encryption of the gradients: paillier, lattice or auto.")] = "paillier",
 ) -> None:
     """Three parties, three processes, real data (breast cancer): align, train, score, compare with scikit-learn."""
     from vfl.demo import run_demo
 
-    run_demo(out_folder, key_bits)
+    run_demo(out_folder, key_bits, scheme)
 
 
 @app.command()
@@ -118,11 +119,10 @@ def check(path: PartyPath) -> None:
     house, cost = House(party), None
     if trains:
         from vfl import job as model_job
-        from vfl.estimate import predict_cost
+        from vfl.estimate import estimate
 
         prepared: Prepared = model_job.prepare(party, look=lambda table: _hygiene(party, table))
-        columns = len(party.file.table.features)
-        cost = predict_cost(agreement, len(prepared.ids), columns, label_holder=party.is_label_holder)
+        cost = estimate(agreement, len(prepared.ids), len(party.file.table.features))
     else:
         prepared = prepare(party, look=lambda table: _hygiene(party, table))
     counts, table = prepared.ids.counts, Table(title=f"{agreement.title}: {party.name}", show_header=False)
@@ -183,22 +183,25 @@ def _hygiene(party: Party, table: DataTable) -> None:
         out.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _model_rows(party: Party, prepared: Prepared, cost: Cost, table: Table) -> None:
+def _model_rows(party: Party, prepared: Prepared, cost: Estimate, table: Table) -> None:
     from vfl import job as model_job
     from vfl import report
+    from vfl.encryption.choice import strength
 
     choice, model, encryption = party.file.table, party.agreement.model, party.agreement.encryption
     table.add_row("columns", f"{len(choice.features)}: {', '.join(choice.features)}")
     if isinstance(prepared, model_job.Prepared) and prepared.label is not None:
         table.add_row("label", f"{choice.label!r}, {prepared.label.mean():.1%} positive")
     table.add_row("model", f"{model.kind}, C = {model.C}, {model.solver}, at most {model.max_exchanges} exchanges")
-    table.add_row("encryption", f"{encryption.scheme}, {encryption.key_bits} bit")
-    table.add_row("predicted, at most", f"{cost.seconds:,.0f} s of one core, {decimal(cost.bytes)} sent by us")
-    table.add_row(
-        "  of that",
-        f"alignment {cost.align_seconds:,.1f} s, {decimal(cost.align_bytes)}; about {cost.exchanges} exchanges "
-        f"of {cost.exchange_seconds:,.2f} s, {decimal(cost.exchange_bytes)}",
-    )
+    why = "; auto: it costs less here than the other" if encryption.scheme == "auto" else ""
+    table.add_row("encryption", strength(cost.scheme, encryption.key_bits) + why)
+    table.add_row("predicted, at most", f"{cost.seconds:,.0f} s of one core, {decimal(cost.bytes)}")
+    table.add_row("  alignment", f"{cost.align_seconds:,.1f} s, {decimal(cost.align_bytes)} sent by us")
+    for scheme, one in cost.schemes.items():
+        table.add_row(
+            f"  {scheme}" + (" (chosen)" if scheme == cost.scheme else ""),
+            f"{one.seconds:,.1f} s, {decimal(one.bytes)} sent by all, for about {cost.exchanges} exchanges",
+        )
     for text in report.notes(party.agreement):
         table.add_row("note", text)
 

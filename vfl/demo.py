@@ -36,19 +36,21 @@ from vfl.console import Bars, Watcher, err, out
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Logistic, Vector
 from vfl.metrics import evaluate
-from vfl.report import phase_rows
+from vfl.report import encryption_rows, phase_rows
 
 WEAK = ("mean texture", "mean smoothness", "mean symmetry", "mean fractal dimension")
 DEADLINE = 600.0
 LABEL_HOLDER = "clinic"
 
 
-def run_demo(folder: Path, key_bits: int = 3072) -> dict[str, Any]:
+def run_demo(folder: Path, key_bits: int = 3072, scheme: str = "paillier") -> dict[str, Any]:
     """Set the three parties up in `folder`, run them, compare, write summary.json. Raises what a party ended with."""
     if key_bits not in (2048, 3072, 4096):
         raise LocalError(f"key_bits is 2048, 3072 or 4096, not {key_bits}")
+    if scheme not in ("paillier", "lattice", "auto"):
+        raise LocalError(f"the scheme is paillier, lattice or auto, not {scheme!r}")
     start = time.perf_counter()
-    tables = write_parties(folder, key_bits)
+    tables = write_parties(folder, key_bits, scheme)
     commands = {name: [sys.executable, "-m", "vfl", "run", str(folder / f"{name}.toml"), "--events"] for name in tables}
     errors: dict[str, list[str]] = {name: [] for name in tables}
     bars = Bars() if out.is_terminal else None
@@ -89,7 +91,7 @@ def _failure(codes: Mapping[str, int]) -> ColonnadeError:
     return error
 
 
-def write_parties(folder: Path, key_bits: int) -> dict[str, pd.DataFrame]:
+def write_parties(folder: Path, key_bits: int, scheme: str) -> dict[str, pd.DataFrame]:
     """Tables, keys, the agreement, the parties' own files and approvals, as three organisations would make them."""
     make_folder(folder)
     tables = split_columns()
@@ -107,7 +109,8 @@ def write_parties(folder: Path, key_bits: int) -> dict[str, pd.DataFrame]:
         f'legal_basis = "public data (UCI), no persons"\nexpires = {expires}\n{parties}\n'
         '[identifiers]\nfields = { "patient number" = "text/1" }\n'
         "[model]\nC = 1.0\ntest_fraction = 0.3\n"
-        f"[encryption]\nkey_bits = {key_bits}\n[deadlines]\nconnect = 120\n"
+        f'[encryption]\nscheme = "{scheme}"\nkey_bits = {key_bits}\n'
+        "[deadlines]\nconnect = 120\n"
     )
     write_whole(folder / "agreement.toml", agreement.encode())
     for name, table in tables.items():
@@ -219,7 +222,8 @@ def compare(folder: Path, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
             for name, summary in own.items()
         },
         "key_bits": agreement.encryption.key_bits,
-        "scheme": agreement.encryption.scheme,
+        "scheme": own[LABEL_HOLDER]["scheme"],
+        "encryption": own[LABEL_HOLDER]["encryption"],
         "parties": [party.name for party in agreement.ring],
         "agreement": agreement.digest.hex(),
         "session": own[LABEL_HOLDER]["session"],
@@ -255,5 +259,6 @@ def closing_table(summary: dict[str, Any]) -> Table:
         table.add_row(f"sent by {name}", f"{decimal(sum(kinds.values()))} ({listed}, ...)")
     for note in summary["notes"]:
         table.add_row("note", note)
-    table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit; CURVE on every link")
+    for row in encryption_rows(summary["encryption"]):
+        table.add_row(*row)
     return table

@@ -17,10 +17,10 @@ from sklearn.utils.validation import check_is_fitted
 
 from parties.errors import LocalError, ProtocolViolation, Refused
 from parties.session import Session
-from vfl import lbfgs, sgd, subspace
+from vfl import sgd, subspace
 from vfl.encryption.paillier import SecretKey
 from vfl.encryption.scheme import Fixed
-from vfl.exchange import Scales, accept_key, offer_key
+from vfl.exchange import Scales, Terms, accept_key, offer_key
 from vfl.inputs import check_columns, matrix, rank, two_labels
 from vfl.losses import Vector
 from vfl.messages import Plan
@@ -41,9 +41,8 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
     Parameters:
         C: inverse of the L2 penalty, as in scikit-learn.
         fit_intercept: the intercept belongs to the label holder and is not penalised.
-        solver: "subspace" (full batch, to the optimum in the fewest exchanges), "lbfgs" (the same optimum, about twice
-            the exchanges) or "sgd" (mini-batches).
-        tol: subspace and lbfgs stop when the 2-norm of the gradient of F / (C n) is at most this.
+        solver: "subspace" (full batch, to the optimum in the fewest exchanges) or "sgd" (mini-batches).
+        tol: subspace stops when the 2-norm of the gradient of F / (C n) is at most this.
         max_iter: the most encrypted exchanges; sgd that needs more is refused.
         epochs, learning_rate, batch_size, random_state: sgd only; random_state is shared, it is no secret.
 
@@ -52,6 +51,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
 
     Attributes:
         coef_ (1, d) for our d columns; intercept_ (1,), zero but at the label holder; n_iter_ exchanges; converged_;
+        terms_, how the exchanges were encrypted;
         feature_names_in_; classes_ (label holder); training_ the session's id in hex; alone_ (label holder) the
         scikit-learn model of its own columns from which training started; objective_, gradient_norm_ (label holder).
     """
@@ -106,23 +106,26 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         if labels is None:
             self._check_columns(session, x, names, batches)
             fixed = scales.features(x, names)
-        plans = self._agree(session, "fit", x, 0 if session.is_label_holder else rank(x))
+        ours = (rank(x), scales.magnitude(fixed, batches)) if labels is None else (0, 0)
+        plans = self._agree(session, "fit", x, *ours)
         smallest = min(map(len, batches), default=len(x))
         columns = self._check_holders(session, plans, smallest)
         limits = self._limits(session, plans, len(batches))
-        ours = max(columns.values()) if labels is not None else x.shape[1]
-        self._warn_few_rows(session, smallest, ours, limits)
+        weighed = max(columns.values()) if labels is not None else x.shape[1]
+        self._warn_few_rows(session, smallest, weighed, limits)
+        largest, holders = max(map(len, batches), default=len(x)), {name: plans[name] for name in columns}
+        terms = Terms.of(session.agreement, largest, holders, limits.exchanges, cached=not batches)
         if labels is not None:
             self.classes_, coded = labels
-            result = self._fit_label_holder(session, x, coded, limits, columns, scales, batches, secret)
+            result = self._fit_label_holder(session, x, coded, limits, terms, batches, secret)
         else:
-            result = self._fit_feature_holder(session, fixed, limits, scales, batches)
+            result = self._fit_feature_holder(session, fixed, limits, terms, batches)
         if not result.converged:
             self._say_why(session, result, limits)
         intercept = session.is_label_holder and self.fit_intercept
         self.coef_ = result.weights[np.newaxis, : x.shape[1]]
         self.intercept_ = result.weights[-1:] if intercept else np.zeros(1)
-        self.n_iter_, self.converged_ = result.exchanges, result.converged
+        self.n_iter_, self.converged_, self.terms_ = result.exchanges, result.converged, terms
         self.objective_, self.gradient_norm_ = result.objective, result.gradient_norm
         self.n_features_in_, self.feature_names_in_ = x.shape[1], np.array(names, dtype=object)
         self.training_, self.agreement_, self.party_ = session.id.hex(), session.agreement.digest.hex(), session.name
@@ -134,8 +137,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         x: Matrix,
         y: Vector,
         limits: Limits,
-        columns: dict[str, int],
-        scales: Scales,
+        terms: Terms,
         batches: list[NDArray[np.int64]],
         secret: SecretKey | None,
     ) -> Result:
@@ -147,34 +149,28 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
                 "easier to take labels from; add a column, see docs/threats.md",
                 few,
             )
-        secret = offer_key(session, secret)
+        end = offer_key(session, terms, secret)
         if self.solver == "subspace":
-            return subspace.label_holder(session, x, y, self.alone_, limits, columns, scales, secret)
+            return subspace.label_holder(session, x, y, self.alone_, limits, end)
         start, free, ones = self.alone_.coef_[0], np.zeros(x.shape[1]), x
         if self.fit_intercept:
             ones, start = np.column_stack([x, np.ones(len(x))]), np.append(start, self.alone_.intercept_)
             free = np.append(free, 1.0)
-        penalty = 1 / (self.C * len(y))
-        if self.solver == "lbfgs":
-            return lbfgs.label_holder(session, ones, y, start, free, penalty, limits, columns, scales, secret)
-        plan, penalties = batches[: limits.exchanges], penalty * (1 - free)
+        plan, penalties = batches[: limits.exchanges], (1 - free) / (self.C * len(y))
         complete = len(plan) == len(batches)
-        return sgd.label_holder(
-            session, ones, y, start, penalties, self.learning_rate, plan, columns, scales, secret, complete
-        )
+        return sgd.label_holder(session, ones, y, start, penalties, self.learning_rate, plan, end, complete)
 
     def _fit_feature_holder(
-        self, session: Session, x: Fixed, limits: Limits, scales: Scales, batches: list[NDArray[np.int64]]
+        self, session: Session, x: Fixed, limits: Limits, terms: Terms, batches: list[NDArray[np.int64]]
     ) -> Result:
-        public = accept_key(session)
+        end = accept_key(session, terms, x)
         contribution = Contribution(session)
         penalty = 1 / (self.C * len(x))
-        if self.solver != "sgd":
-            role = subspace.feature_holder if self.solver == "subspace" else lbfgs.feature_holder
-            return role(session, x, penalty, limits, scales, public, contribution)
+        if self.solver == "subspace":
+            return subspace.feature_holder(session, penalty, limits, end, contribution)
         plan = batches[: limits.exchanges]
         complete = len(plan) == len(batches)
-        return sgd.feature_holder(session, x, penalty, self.learning_rate, plan, scales, public, contribution, complete)
+        return sgd.feature_holder(session, penalty, self.learning_rate, plan, end, contribution, complete)
 
     def _batches(self, rows: int, agreed: int) -> list[NDArray[np.int64]]:
         """All batches of sgd, known to every party in advance; none for other solvers. LocalError beyond the limits."""
@@ -266,8 +262,8 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         return {name: type(defaults[name])(value) for name, value in self.get_params().items()}
 
     def _check_parameters(self) -> None:
-        if self.solver not in ("subspace", "lbfgs", "sgd"):
-            raise LocalError(f"unknown solver {self.solver!r}; known: subspace, lbfgs, sgd")
+        if self.solver not in ("subspace", "sgd"):
+            raise LocalError(f"unknown solver {self.solver!r}; known: subspace, sgd")
         for name in ("C", "tol", "max_iter", "epochs", "learning_rate", "batch_size"):
             if not getattr(self, name) > 0:
                 raise LocalError(f"{name} must be positive")
@@ -316,13 +312,16 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
                 columns,
             )
 
-    def _agree(self, session: Session, purpose: str, x: Matrix, independent: int = 0) -> dict[str, Plan]:
+    def _agree(
+        self, session: Session, purpose: str, x: Matrix, independent: int = 0, magnitude: int = 0
+    ) -> dict[str, Plan]:
         """All parties compare what they are about to do, and count rows and columns, before any data moves.
 
         Returns everybody's plan, ours included.
         """
         text = msgspec.json.encode([purpose, self._plain_params()], order="sorted")
-        ours = Plan(hashlib.sha256(b"colonnade/plan/1" + session.id + text).digest(), len(x), x.shape[1], independent)
+        digest = hashlib.sha256(b"colonnade/plan/1" + session.id + text).digest()
+        ours = Plan(digest, len(x), x.shape[1], independent, magnitude)
         session.broadcast(ours)
         plans = session.gather(Plan)
         for name, plan in plans.items():

@@ -11,7 +11,7 @@ import numpy as np
 
 from parties.message import Array, Message, kind
 
-ROWS_PER_PART = 2048
+REPLIES_PER_PART = 64
 LARGEST = 2.0**46  # of any number in clear: what follows cannot overflow
 
 
@@ -33,23 +33,27 @@ class _Step(Message):
 @kind(200, "control")
 @dataclass(frozen=True, eq=False)
 class Plan(Message):
-    """All to all: digest of model and hyper-parameters, our rows, columns and their rank (0 at the label holder, and
-    when scoring). Digests and rows must agree."""
+    """All to all: digest of model and hyper-parameters, our rows, columns, their rank, and the bits that the largest of
+    their sums of |x| takes (both 0 at the label holder, and when scoring). Digests and rows must agree."""
 
     digest: bytes
     rows: int
     columns: int
     rank: int
+    magnitude: int
 
     def __post_init__(self) -> None:
         if len(self.digest) != 32 or not 0 <= self.rows < 2**40 or not 0 <= self.rank <= self.columns <= 2**20:
             raise ValueError("a plan is a digest, rows, columns and their rank")
+        if not 0 <= self.magnitude < 64:
+            raise ValueError("sums of columns take 0 to 63 bits")
 
 
 @kind(201, "control", "|u1", 2)
 @dataclass(frozen=True, eq=False)
 class SchemeKey(Message):
-    """G -> k: row 0 is the public modulus, the others the roots that prove it sound (little-endian)."""
+    """G -> k. Paillier, once: row 0 is the public modulus, the others the roots that prove it sound (little-endian).
+    Lattice, every exchange: an encryption of zero under a fresh key."""
 
     data: Array
 
@@ -90,20 +94,20 @@ class MaskedEmbedding(_Step):
 @kind(205, "ciphertext", "|u1", 2)
 @dataclass(frozen=True, eq=False)
 class SealedResidual(_Step):
-    """G -> k: Enc_G(R) for some rows, in order."""
+    """G -> k: Enc_G(R) for some rows, in order: Paillier, a ciphertext each; lattice, one for a block of rows."""
 
     data: Array
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= len(self.data) <= ROWS_PER_PART:
-            raise ValueError("a part holds 1 to 2048 residuals")
+        if not len(self.data):
+            raise ValueError("a part holds at least one residual")
 
 
 @kind(206, "ciphertext", "|u1", 2)
 @dataclass(frozen=True, eq=False)
 class SealedGradient(_Step):
-    """k -> G: X_k^T Enc_G(R), packed, under masks uniform in Z_n, re-randomised."""
+    """k -> G: X_k^T Enc_G(R) under uniform masks, re-randomised; lattice: in up to 64 ciphertexts a message."""
 
     data: Array
 
@@ -153,19 +157,6 @@ class Direction(_Step):
     def __post_init__(self) -> None:
         super().__post_init__()
         _bounded(self.data)
-
-
-@kind(211, "aggregate")
-@dataclass(frozen=True, eq=False)
-class Step(_Step):
-    """G -> k, lbfgs: how far to go along the direction."""
-
-    length: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.length < 1e12:
-            raise ValueError("a step is finite and not negative")
 
 
 @kind(212, "aggregate", "<f8", 1)

@@ -16,7 +16,9 @@ from rich.table import Table
 from parties.agreement import Agreement
 from parties.files import write_json, write_whole
 from parties.party_file import Party
+from vfl.encryption.choice import strength
 from vfl.job import Outcome, Prepared
+from vfl.linear import VerticalLogisticRegression
 from vfl.share import Scaling
 
 SINGLE_HOLDER = (
@@ -61,8 +63,9 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
         "rows_test": int(outcome.test.sum()),
         "exchanges": outcome.model.n_iter_,
         "converged": outcome.model.converged_,
-        "scheme": agreement.encryption.scheme,
+        "scheme": getattr(outcome.model, "terms_", agreement.encryption).scheme,
         "key_bits": agreement.encryption.key_bits,
+        "encryption": encryption(outcome.model, agreement),
         "seconds": round(sum(outcome.seconds.values()), 3),
         "seconds_by_phase": outcome.seconds,
         "bytes_sent": outcome.bytes_sent,
@@ -72,6 +75,34 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
     if party.is_label_holder:
         summary |= {"metrics": outcome.metrics, "gradient_norm": outcome.model.gradient_norm_}
     return summary
+
+
+def encryption(model: VerticalLogisticRegression, agreement: Agreement) -> dict[str, Any]:
+    """The scheme that was agreed, the one that was used, and what both were predicted to cost."""
+    terms = getattr(model, "terms_", None)  # a loaded model has not been trained here
+    if terms is None:
+        return {}
+    return {
+        "agreed": agreement.encryption.scheme,
+        "scheme": terms.scheme,
+        "strength": strength(terms.scheme, agreement.encryption.key_bits),
+        "exchanges": terms.exchanges,
+        "predicted": {
+            scheme: {"seconds": round(cost.seconds, 3), "bytes": cost.bytes} for scheme, cost in terms.costs.items()
+        },
+    }
+
+
+def encryption_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    if not found:
+        return []
+    predicted = ", ".join(
+        f"{scheme} {cost['seconds']:,.1f} s and {decimal(cost['bytes'])}" for scheme, cost in found["predicted"].items()
+    )
+    return [
+        ("encryption", found["strength"] + (" (chosen: it costs less here)" if found["agreed"] == "auto" else "")),
+        ("  predicted", f"{predicted}, for up to {found['exchanges']} exchanges"),
+    ]
 
 
 def notes(agreement: Agreement) -> list[str]:
@@ -96,7 +127,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
         table.add_row(f"AUC, {who}", f"{values['auc']:.4f} on the test rows (log loss {values['log_loss']:.4f})")
     state = "complete" if summary["converged"] else "stopped before the optimum, see the note"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
-    table.add_row("encryption", f"{summary['scheme']}, {summary['key_bits']} bit")
+    for row in encryption_rows(summary["encryption"]):
+        table.add_row(*row)
     for row in phase_rows(summary):
         table.add_row(*row)
     for peer, kinds in summary["bytes_sent"].items():

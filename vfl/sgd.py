@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parties.session import Session
-from vfl.encryption.paillier import PublicKey, SecretKey
-from vfl.encryption.scheme import Fixed
-from vfl.exchange import Scales, open_gradients, weigh_gradient
+from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
 from vfl.losses import Logistic, Vector
 from vfl.secure_sum import Contribution, sum_embeddings
 from vfl.solver import Matrix, Result
@@ -40,9 +38,7 @@ def label_holder(
     penalty: Vector,
     rate: float,
     plan: list[NDArray[np.int64]],
-    columns: dict[str, int],
-    scales: Scales,
-    secret: SecretKey,
+    end: LabelEnd,
     complete: bool = True,
 ) -> Result:
     """Train our weights (d,) from `start`; `penalty` (d,) is zero where a weight is not penalised.
@@ -55,7 +51,7 @@ def label_holder(
     for exchange, rows in enumerate(plan):
         scores = x[rows] @ weights + sum_embeddings(session, len(rows), exchange)
         residual = Logistic.derivative(scores, y[rows])
-        open_gradients(session, secret, residual, columns, scales, exchange)
+        open_gradients(end, residual, exchange)
         weights = weights - rate * (x[rows].T @ residual / len(rows) + penalty * weights)
         session.advance(exchange + 1, len(plan))
     return Result(weights, len(plan), complete)
@@ -63,12 +59,10 @@ def label_holder(
 
 def feature_holder(
     session: Session,
-    x: Fixed,
     penalty: float,
     rate: float,
     plan: list[NDArray[np.int64]],
-    scales: Scales,
-    public: PublicKey,
+    end: FeatureEnd,
     contribution: Contribution,
     complete: bool = True,
 ) -> Result:
@@ -78,11 +72,11 @@ def feature_holder(
         To the label holder, per batch: our part of the sum of partial embeddings; with one feature holder, ours itself:
         after d batches it can rebuild our columns up to a linear map.
     """
-    exact = scales.exact(x)
-    weights = np.zeros(x.shape[1])
+    exact = end.terms.scales.exact(end.x)
+    weights = np.zeros(exact.shape[1])
     for exchange, rows in enumerate(plan):
         contribution.send_embedding(exact[rows] @ weights, exchange)
-        gradient = weigh_gradient(session, public, x[rows], scales, exchange)
+        gradient = weigh_gradient(end, exchange, rows)[:, 0]
         weights = weights - rate * (gradient / len(rows) + penalty * weights)
         session.advance(exchange + 1, len(plan))
     return Result(weights, len(plan), complete)

@@ -21,9 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from parties.errors import ProtocolViolation, blame
 from parties.session import Session
-from vfl.encryption.paillier import PublicKey, SecretKey
-from vfl.encryption.scheme import Fixed
-from vfl.exchange import Scales, open_gradients, weigh_gradient
+from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
 from vfl.losses import Logistic, Vector
 from vfl.messages import LARGEST, Direction, Weights
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
@@ -38,9 +36,7 @@ def label_holder(
     y: Vector,
     alone: LogisticRegression,
     limits: Limits,
-    columns: dict[str, int],
-    scales: Scales,
-    secret: SecretKey,
+    end: LabelEnd,
 ) -> Result:
     """Train our weights, (d,) and the intercept last where there is one, while every feature holder trains its own.
 
@@ -80,7 +76,7 @@ def label_holder(
             session.broadcast(Weights(exchange - 1, weights[x.shape[1] :]))
         scores = known @ weights + model.intercept_[0]
         residual = Logistic.derivative(scores, y)
-        open_gradients(session, secret, residual, columns, scales, exchange)
+        open_gradients(end, residual, exchange)
         products = sum_scalars(session, directions + 1, exchange)
         if products[-1] < 0:
             raise ProtocolViolation("the feature holders' scalar products cannot be: a square is negative")
@@ -103,14 +99,12 @@ def label_holder(
 
 def feature_holder(
     session: Session,
-    x: Fixed,
     penalty: float,
     limits: Limits,
-    scales: Scales,
-    public: PublicKey,
+    end: FeatureEnd,
     contribution: Contribution,
 ) -> Result:
-    """Train our weights, (d,), from zero; x (n, d) in fixed point. The mirror of `label_holder`.
+    """Train our weights, (d,), from zero. The mirror of `label_holder`.
 
     Reveals:
         To the label holder, per exchange: our part of the sum of embeddings along one more direction and of the sums of
@@ -120,8 +114,8 @@ def feature_holder(
         ProtocolViolation: the label holder sent what its step does not allow, or does not stop when it must.
     """
     channel = contribution.label_holder
-    exact = scales.exact(x)
-    directions, weights, first = np.empty((x.shape[1], 0)), np.zeros(x.shape[1]), 0.0
+    exact = end.terms.scales.exact(end.x)
+    directions, weights, first = np.empty((exact.shape[1], 0)), np.zeros(exact.shape[1]), 0.0
     for exchange in range(limits.exchanges):
         if exchange:
             combination = channel.receive(Weights)
@@ -131,7 +125,7 @@ def feature_holder(
                 weights = directions @ combination.data
                 if not np.abs(weights).max() < LARGEST**0.5:
                     raise ValueError("weights that cannot be")
-        gradient = weigh_gradient(session, public, x, scales, exchange) / len(x) + penalty * weights
+        gradient = weigh_gradient(end, exchange)[:, 0] / len(exact) + penalty * weights
         contribution.send_scalars([*(gradient @ directions).tolist(), float(gradient @ gradient)], exchange)
         order = channel.receive(Direction)
         with blame(channel.peer):

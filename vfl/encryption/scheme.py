@@ -1,14 +1,14 @@
-"""What an additive scheme offers, so that Paillier and a lattice scheme stand side by side.
+"""What an additive scheme offers, so that Paillier and the lattice scheme stand side by side.
 
 The label holder seals fixed-point residuals R (b, m), the feature holder weighs them with its X (b, d), and the label
 holder opens what comes back, masked, without learning it:
 
     label holder                    feature holder
-    encrypt(R)      -- sealed -->   add(sealed, X), once a chunk of rows
+    encrypt(R)      -- sealed -->   add(sealed), once a part of the rows
                     <-- masked --   finish()
     open(masked)    -- opened -->   open(opened) = X^T R, exact integers of shape (d, m)
 
-All that crosses the wire is a uint8 array (count, width): `count` little-endian unsigned integers of `width` bytes.
+All that crosses the wire is a uint8 array (count, width): little-endian numbers, `count` ciphertexts or plaintexts.
 """
 
 from __future__ import annotations
@@ -26,27 +26,34 @@ Randomness = Callable[[int], int]  # uniform below its argument: secrets.randbel
 
 
 class Opener(Protocol):
-    """The label holder's side: it alone can decrypt."""
+    """The label holder's side of one exchange: it alone can decrypt."""
 
     @property
-    def public(self) -> Any:
-        """What the peers need; each scheme has its own type, and its own check of a received one."""
+    def rows(self) -> int:
+        """Rows of R in one part; the last part may have fewer."""
 
     def encrypt(self, residual: Fixed, /) -> Wire:
-        """Seal R (b, m) row by row: residual (i, l) is number i * m + l."""
+        """Seal the next part of R (b, m)."""
 
-    def open(self, sealed: Wire, /) -> Wire:
+    def replies(self, columns: int, parts: int, /) -> int:
+        """How many ciphertexts a feature holder's sums take; any other number is refused."""
+
+    def open(self, sealed: Wire, columns: int, parts: int, /) -> Wire:
         """Decrypt masked sums. Raises ValueError on anything a follower of the protocol cannot have sent."""
 
 
 class Weigher(Protocol):
     """The feature holder's side of one exchange: used once, in the order add.., finish, open."""
 
-    def add(self, sealed: Wire, x: Fixed, /) -> None:
-        """Check sealed residuals of some rows and weigh them with the same rows of X. ValueError: a bad ciphertext."""
+    @property
+    def parts(self) -> int:
+        """How often `add` is due."""
+
+    def add(self, sealed: Wire, /) -> None:
+        """Check the sealed residuals of the next rows, and take them. ValueError: a bad ciphertext."""
 
     def finish(self) -> Wire:
-        """The sums so far: masked, re-randomised, ready for the label holder. LocalError: they do not fit."""
+        """The sums: masked, re-randomised, ready for the label holder. LocalError: they do not fit."""
 
     def open(self, opened: Wire, /) -> Exact:
         """Take the mask off: X^T R, shape (d, m). ValueError: not what an honest label holder can have sent."""

@@ -18,14 +18,34 @@ from gmpy2 import mpz
 from parties.errors import LocalError
 from parties.workers import Workers
 from vfl.encryption.fixedpoint import sum_bits
-from vfl.encryption.paillier import PublicKey, check_ciphertexts
+from vfl.encryption.paillier import PublicKey, SecretKey, check_ciphertexts
 from vfl.encryption.scheme import Exact, Fixed, Randomness, Wire, from_wire, to_wire
 
 BLOCK = 32  # columns weighed between two ticks
+ROWS_PER_PART = 2048
+
+
+class PaillierOpener:
+    """One exchange at the label holder: residual (i, l) of R (b, m) is ciphertext i * m + l, packs come back."""
+
+    def __init__(self, secret: SecretKey, slot_bits: int, width: int = 1) -> None:
+        self._secret, self._slot, self._width = secret, slot_bits, width
+        self.rows = max(ROWS_PER_PART // width, 1)
+
+    def encrypt(self, residual: Fixed) -> Wire:
+        return self._secret.encrypt(residual)
+
+    def replies(self, columns: int, parts: int = 1) -> int:
+        return -(-columns * self._width // slots(self._secret.public, self._slot))
+
+    def open(self, sealed: Wire, columns: int, parts: int = 1) -> Wire:
+        """Raises ValueError on another number of packs, or what is no ciphertext under our key."""
+        check_ciphertexts(self._secret.public, sealed, self.replies(columns))
+        return self._secret.open(sealed)
 
 
 class PaillierWeigher:
-    """One exchange: `add` rows as they arrive, `finish` once, `open` once. d columns of X, m residuals a row.
+    """One exchange: `add` rows as they arrive, `finish` once, `open` once. X (b, d), m residuals a row.
 
     Reveals:
         To the label holder: packs of numbers uniform in Z_n, and how many. The count depends on the slot width: with
@@ -35,7 +55,7 @@ class PaillierWeigher:
     def __init__(
         self,
         public: PublicKey,
-        columns: int,
+        x: Fixed,
         residual_bound: int,
         *,
         width: int = 1,
@@ -45,6 +65,10 @@ class PaillierWeigher:
         randomness: Randomness = secrets.randbelow,
     ) -> None:
         self._tick = tick  # called every few seconds of work
+        if x.ndim != 2 or (np.abs(x) >> 62).any():  # abs(-2^63) is negative: caught too
+            raise LocalError("X is a table of integers below 2^62; check the fixed-point scale")
+        columns = x.shape[1]
+        self._x, self._row = x, 0
         self._public, self._columns, self._width = public, columns, width
         self._bound, self._slot, self._randomness = residual_bound, slot_bits, randomness
         self._workers = workers or Workers()
@@ -52,12 +76,20 @@ class PaillierWeigher:
         self._absolute = [0] * columns  # sum_i |x_ij|, exact
         self._masks: list[int] | None = None
 
-    def add(self, sealed: Wire, x: Fixed) -> None:
-        """Weigh the residuals (b * m ciphertexts, row by row) with the rows x (b, d). ValueError: a bad ciphertext."""
+    @property
+    def parts(self) -> int:
+        return -(-len(self._x) // self._rows)
+
+    @property
+    def _rows(self) -> int:
+        return max(ROWS_PER_PART // self._width, 1)
+
+    def add(self, sealed: Wire) -> None:
+        """Weigh the next rows' residuals (m ciphertexts a row, row by row). ValueError: a bad ciphertext."""
         if self._sums is None:
             raise RuntimeError("these sums are finished; an exchange is used once")
-        if x.ndim != 2 or x.shape[1] != self._columns or (np.abs(x) >> 62).any():  # abs(-2^63) is negative: caught too
-            raise LocalError(f"expected rows of {self._columns} integers below 2^62; check the fixed-point scale")
+        x = self._x[self._row : self._row + self._rows]
+        self._row += len(x)
         ciphertexts = check_ciphertexts(self._public, sealed, len(x) * self._width)
         modulus = self._public.modulus
         inverses = _invert_all(ciphertexts, modulus)  # for negative digits, which positive x have too
@@ -72,8 +104,8 @@ class PaillierWeigher:
 
     def finish(self) -> Wire:
         """Pack v_k + 2^(s-1) into slots of s bits, add one mask uniform in Z_n a pack and re-randomise, all in one."""
-        if self._sums is None:
-            raise RuntimeError("these sums are finished; an exchange is used once")
+        if self._sums is None or self._row < len(self._x):
+            raise RuntimeError("finish comes once, after all rows")
         needed = sum_bits(max(self._absolute), self._bound) + 2
         slot = self._slot or needed
         per_pack = slots(self._public, slot)
@@ -156,8 +188,12 @@ def _weigh(signed: list[list[Any]], modulus: Any, x: Fixed) -> list[Any]:
 def _window(column: Fixed) -> int:
     """The digit width that costs the fewest multiplications for this column's length, zeros and size."""
     bits = int(np.abs(column).max(initial=0)).bit_length() + 1
-    filled = int(np.count_nonzero(column))
-    return min(range(2, 13), key=lambda w: -(-bits // w) * (filled + (1 << w)))
+    return cheapest_window(int(np.count_nonzero(column)), bits)[1]
+
+
+def cheapest_window(filled: int, bits: int) -> tuple[int, int]:
+    """About how many multiplications a column takes with so many numbers of so many bits, and its digit width."""
+    return min((-(-bits // w) * (filled + (1 << w)), w) for w in range(2, 13))
 
 
 def _signed_digits(column: Fixed, window: int) -> Iterator[Fixed]:

@@ -113,9 +113,11 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The additive scheme ("auto": the cheaper by rows, columns and residual columns, the same at all parties), the key
     length of Paillier, and the fixed-point scales (fractional bits). The lattice scheme takes fewer residual bits where
-    sums need the room."""
+    sums need the room, and opens at most `numbers_per_key` sums under one key: more make training with many columns
+    faster, and a feature holder that deviates stronger (docs/threats.md)."""
 
     scheme: Literal["auto", "paillier", "lattice"] = "auto"
+    numbers_per_key: Annotated[int, Meta(ge=1, le=1 << 20)] = 32
     key_bits: Literal[2048, 3072, 4096] = 3072
     feature_bits: Annotated[int, Meta(ge=8, le=30)] = 20
     residual_bits: Annotated[int, Meta(ge=8, le=40)] = 30

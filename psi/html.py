@@ -11,7 +11,7 @@ import math
 from base64 import b64encode
 from collections import Counter
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from psi.group import POINT_BYTES, token_width
 from psi.report import SELFTEST, Report, Traffic, as_file, report_digest
@@ -42,25 +42,50 @@ OPAQUE = {"control", "masked", "aggregate", "ciphertext"}
 def render(report: Report) -> str:
     """The page, HTML 5. The same report gives the same page."""
     classes = sorted({one.ledger_class for one in report.traffic})
-    return _ENVIRONMENT.get_template("report.html").render(
-        report=report,
-        agreed=report.governance.intersection,
-        identifiers=report.governance.identifiers,
-        tally=Counter(check.status for check in report.checks),
-        peers=[name for name in report.parties if name != report.party],
-        hub=next((name for name, facts in report.parties.items() if facts.role == "label holder"), ""),
-        kinds=_by_kind(report.traffic),
-        classes=classes,
-        models=report.task not in ("align", SELFTEST),  # then a model's messages follow this report
-        readable=not OPAQUE.issuperset(classes),
-        sent={name: _by_class(report.traffic, name) for name in dict.fromkeys(one.to for one in report.traffic)},
-        point_bytes=POINT_BYTES,
-        token_bytes=sorted({token_width(sum(step.set_sizes.values())) for step in report.steps}),
-        file_digest=hashlib.sha256(as_file(report)).hexdigest(),
-        report_digest=report_digest(report).hex(),
-        KINDS=KINDS,
-        CLASSES=CLASSES,
+    return (
+        environment("psi")
+        .get_template("report.html")
+        .render(
+            report=report,
+            agreed=report.governance.intersection,
+            identifiers=report.governance.identifiers,
+            tally=Counter(check.status for check in report.checks),
+            peers=[name for name in report.parties if name != report.party],
+            hub=next((name for name, facts in report.parties.items() if facts.role == "label holder"), ""),
+            kinds=_by_kind(report.traffic),
+            classes=classes,
+            models=report.task not in ("align", SELFTEST),  # then a model's messages follow this report
+            readable=not OPAQUE.issuperset(classes),
+            sent={name: _by_class(report.traffic, name) for name in dict.fromkeys(one.to for one in report.traffic)},
+            point_bytes=POINT_BYTES,
+            token_bytes=sorted({token_width(sum(step.set_sizes.values())) for step in report.steps}),
+            file_digest=hashlib.sha256(as_file(report)).hexdigest(),
+            report_digest=report_digest(report).hex(),
+            KINDS=KINDS,
+            CLASSES=CLASSES,
+        )
     )
+
+
+def environment(package: str) -> Environment:
+    """For pages from the templates of `package`, in our style, in which every value is escaped."""
+    made = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("psi")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {
+        "number": _number,
+        "size": _size,
+        "seconds": _seconds,
+        "time": _time,
+        "odds": _odds,
+        "plural": _plural,
+        "csp_hash": _csp_hash,
+    }
+    return made
 
 
 def _by_kind(traffic: list[Traffic]) -> dict[str, list[tuple[list[str], Traffic]]]:
@@ -116,17 +141,3 @@ def _plural(count: int, one: str, many: str) -> str:
 def _csp_hash(text: str) -> str:
     """How a Content-Security-Policy names the one style sheet that it allows."""
     return "sha256-" + b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("psi"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
-_ENVIRONMENT.filters |= {
-    "number": _number,
-    "size": _size,
-    "seconds": _seconds,
-    "time": _time,
-    "odds": _odds,
-    "plural": _plural,
-    "csp_hash": _csp_hash,
-}

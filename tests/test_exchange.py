@@ -68,7 +68,8 @@ def exchange(
     """`numbers` gradient exchanges and nothing else; what each party ended with."""
 
     def terms(session: Session) -> Terms:
-        plans = {name: Plan(bytes(32), len(residual), part.shape[1], 0, 40) for name, part in x.items()}
+        bits = 20 + len(residual).bit_length()
+        plans = {name: Plan(bytes(32), len(residual), part.shape[1], 0, bits) for name, part in x.items()}
         return Terms.of(session.agreement, len(residual), plans, numbers)
 
     def label_holder(session: Session) -> None:
@@ -78,7 +79,8 @@ def exchange(
 
     def feature_holder(session: Session) -> Any:
         agreed_terms = terms(session)
-        fixed = agreed_terms.scales.features(x[session.name], [str(j) for j in range(x[session.name].shape[1])])
+        part = x[session.name]
+        fixed = agreed_terms.scales[session.name].features(part, [str(j) for j in range(part.shape[1])])
         end = accept_key(session, agreed_terms, fixed)
         return [weigh_gradient(end, number)[:, 0] for number in range(numbers)]
 
@@ -304,7 +306,7 @@ def test_a_shorter_key_than_agreed_is_refused_even_with_a_valid_proof():
     short = generate(1024, insecure_for_tests=True)
 
     def offer(session: Session) -> None:
-        plans = {"grocer": Plan(bytes(32), 60, 3, 3, 40)}
+        plans = {"grocer": Plan(bytes(32), 60, 3, 3, 26)}
         offer_key(session, Terms.of(session.agreement, 60, plans, 1), short)
 
     assert "exactly 2048 bits" in refused_key(offer)

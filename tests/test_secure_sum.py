@@ -34,7 +34,7 @@ def add_up(values: dict[str, np.ndarray], what: str = "embedding", exchange: int
     rows = len(next(iter(values.values())))
 
     def label_holder(session: Session) -> Any:
-        return (sum_embeddings if what == "embedding" else sum_scalars)(session, rows, exchange)
+        return (sum_embeddings if what == "embedding" else sum_scalars)(session, rows, exchange).ravel()
 
     def feature_holder(session: Session) -> None:
         contribution = Contribution(session)

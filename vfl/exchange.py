@@ -1,6 +1,6 @@
 """The encrypted gradient exchange: one protocol for all models, two roles.
 
-    G -> k   Enc_G(R)                      SealedResidual   (lattice: a fresh key first, SchemeKey)
+    G -> k   Enc_G(R)                      SealedResidual   (lattice: under fresh keys, each with a SchemeKey first)
     k -> G   X_k^T Enc_G(R) + mask         SealedGradient
     G -> k   its decryption                OpenedGradient
 
@@ -9,6 +9,7 @@ R is what the loss says at the label holder G, X_k stays at the feature holder k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,17 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parties.agreement import Agreement
-from parties.errors import LocalError, blame
+from parties.errors import LocalError, Refused, blame
 from parties.session import Session
 from vfl.encryption.choice import REFERENCE, Cost, Scheme, choose, predict
 from vfl.encryption.fixedpoint import quantise, restore, sum_bits
-from vfl.encryption.lattice import PLAIN_BITS, Columns, LatticeKey, LatticeWeigher, Layout
+from vfl.encryption.lattice import (
+    CACHE_BYTES,
+    NUMBERS_PER_KEY,
+    PLAIN_BITS,
+    Columns,
+    LatticeKey,
+    LatticeWeigher,
+    Layout,
+    passes,
+)
 from vfl.encryption.paillier import ROOTS, PublicKey, SecretKey, check_public_key, generate
-from vfl.encryption.scheme import Fixed, Opener, Weigher, from_wire, to_wire
+from vfl.encryption.scheme import Fixed, Opener, Weigher, Wire, from_wire, to_wire
 from vfl.encryption.weigh import PaillierOpener, PaillierWeigher
-from vfl.losses import Vector
+from vfl.losses import Matrix, Vector
 from vfl.messages import REPLIES_PER_PART, OpenedGradient, Plan, SchemeKey, SealedGradient, SealedResidual
-from vfl.solver import Matrix
 
 WORTH_WORKERS = 20_000  # values in a batch; below, starting processes takes longer than they save
 
@@ -64,7 +73,7 @@ class Scales:
         coarse = [name for name, spread in zip(names, fixed.std(axis=0), strict=True) if 0 < spread < COARSE]
         if coarse:
             raise LocalError(f"values too small for fixed point in {', '.join(coarse)}; standardise the features")
-        sums = np.abs(fixed).sum(axis=0)  # no overflow below 2^21 rows of 2^42
+        sums = np.abs(fixed).sum(axis=0, dtype=np.float64)
         large = [
             name
             for name, total in zip(names, sums, strict=True)
@@ -78,25 +87,28 @@ class Scales:
         """ceil(log2(sum |x|)) of our largest column in any batch; at least what rows of 1 need, so that standardised
         columns all tell the same."""
         rows = max(map(len, batches), default=len(x))
-        sums = [int(np.abs(part).sum(axis=0).max()) for part in ([x[batch] for batch in batches] or [x])]
-        return max(sum_bits(max(sums), 1), self.feature_bits + rows.bit_length())
+        parts = [x[batch] for batch in batches] or [x]
+        largest = max(float(np.abs(part).sum(axis=0, dtype=np.float64).max()) for part in parts)
+        return max(sum_bits(math.ceil(largest), 1), self.feature_bits + rows.bit_length())
 
 
 @dataclass(frozen=True)
 class Terms:
     """What both ends derive from the agreement and everybody's plan before the first exchange.
 
-    `columns` and `parts` (partial sums, so that none overflows; lattice only) of every feature holder; `width` residual
-    columns; the most `exchanges`, and what these are predicted to cost on the reference machine.
+    For every feature holder its `columns`, its `scales` (of residuals: as fine as its sums leave room for) and how many
+    partial sums its overflow takes (`parts`; lattice only). `width` residual columns; at most `exchanges`, and what
+    these are predicted to cost on the reference machine.
     """
 
     scheme: Scheme
-    scales: Scales
     columns: dict[str, int]
+    scales: dict[str, Scales]
     parts: dict[str, int]
     exchanges: int
     costs: dict[Scheme, Cost]
     width: int = 1
+    numbers_per_key: int = NUMBERS_PER_KEY
 
     @classmethod
     def of(
@@ -109,25 +121,42 @@ class Terms:
         width: int = 1,
         cached: bool = True,
     ) -> Terms:
-        """`rows` of the largest batch; `plans` of the feature holders; `cached`: all batches are the same."""
+        """`rows` of the largest batch; `plans` of the feature holders; `cached`: all batches are the same.
+
+        Raises:
+            Refused: a feature holder without columns, or with sums larger than its features may have: more partial sums
+            would be opened for it.
+        """
+        e, scales = agreement.encryption, Scales.of(agreement, rows)
+        most = scales.feature_bits + MEAN_BITS + rows.bit_length()
+        for name, plan in plans.items():
+            if not plan.columns or plan.magnitude > most:
+                raise Refused(f"{name} plans with {plan.columns} columns and sums of {plan.magnitude} bits", peer=name)
         columns = {name: plan.columns for name, plan in plans.items()}
-        scales, units = Scales.of(agreement, rows), REFERENCE[agreement.encryption.key_bits]
-        costs = predict(units, rows, tuple(columns.values()), width, exchanges, cached=cached)
-        scheme = choose(agreement.encryption.scheme, costs)
+        units, widths = REFERENCE[e.key_bits], tuple(columns.values())
+        costs = predict(units, rows, widths, width, exchanges, cached=cached, numbers=e.numbers_per_key)
+        scheme = choose(e.scheme, costs)
         if scheme == "paillier":
-            return cls(scheme, scales, columns, dict.fromkeys(columns, 1), exchanges, costs, width)
+            parts = dict.fromkeys(columns, 1)
+            return cls(scheme, columns, dict.fromkeys(columns, scales), parts, exchanges, costs, width)
         room = PLAIN_BITS - 2
-        largest = max(plan.magnitude for plan in plans.values())
-        bits = min(scales.residual_bits, max(room - largest, LEAST_RESIDUAL_BITS))
-        parts = {name: 1 << max(plan.magnitude + bits - room, 0) for name, plan in plans.items()}
-        return cls(scheme, replace(scales, residual_bits=bits), columns, parts, exchanges, costs, width)
+        bits = {name: max(room - plan.magnitude, LEAST_RESIDUAL_BITS) for name, plan in plans.items()}
+        own = {name: replace(scales, residual_bits=min(scales.residual_bits, bits[name])) for name in plans}
+        over = {name: plan.magnitude + own[name].residual_bits - room for name, plan in plans.items()}
+        parts = {name: 2 << excess if excess > 0 else 1 for name, excess in over.items()}  # uneven ones need more
+        return cls(scheme, columns, own, parts, exchanges, costs, width, e.numbers_per_key)
 
-    @property
-    def residual_bound(self) -> int:
-        return 1 << self.scales.residual_bits
-
-    def layout(self, rows: int) -> Layout:
-        return Layout.of(rows, tuple(self.columns.values()), self.width)
+    def passes(self, name: str, rows: int) -> list[tuple[slice, slice]]:
+        """The columns of X and of R, in turn, that a key opens for this feature holder. Paillier: all at once."""
+        columns, width = self.columns[name], self.width
+        step = (columns, width)
+        if self.scheme == "lattice":
+            step = passes(rows, columns, width, self.parts[name], self.numbers_per_key)
+        return [
+            (slice(c, min(c + step[0], columns)), slice(r, min(r + step[1], width)))
+            for c in range(0, columns, step[0])
+            for r in range(0, width, step[1])
+        ]
 
 
 @dataclass
@@ -138,13 +167,20 @@ class LabelEnd:
     terms: Terms
     secret: SecretKey | None = None
 
-    def opener(self, exchange: int, rows: int) -> Opener:
-        """What seals and opens this exchange. The lattice scheme has a fresh key each: it goes out now."""
+    def openers(self, exchange: int, number: int, rows: int) -> list[tuple[Opener, dict[str, tuple[slice, slice]]]]:
+        """What seals and opens the exchange's pass of this number, and for whom. Lattice: fresh keys, which go out."""
+        terms = self.terms
+        due = {name: terms.passes(name, rows) for name in terms.columns}
+        now = {name: all_[number] for name, all_ in due.items() if number < len(all_)}
         if self.secret is not None:
-            return PaillierOpener(self.secret, self.terms.scales.slot_bits, self.terms.width)
-        key = LatticeKey(_context(self.session, exchange), self.terms.layout(rows))
-        self.session.broadcast(SchemeKey(key.public()))
-        return key
+            slot = next(iter(terms.scales.values())).slot_bits
+            return [(PaillierOpener(self.secret, slot, terms.width), now)] if now else []
+        openers: list[tuple[Opener, dict[str, tuple[slice, slice]]]] = []
+        for name, cut in now.items():
+            key = LatticeKey(_context(self.session, name, exchange, number), _layout(rows, cut))
+            self.session.channels[name].send(SchemeKey(key.public()))
+            openers.append((key, {name: cut}))
+        return openers
 
 
 @dataclass
@@ -155,35 +191,52 @@ class FeatureEnd:
     terms: Terms
     x: Fixed
     public: PublicKey | None = None
-    _kept: Columns | None = field(default=None, init=False)
+    _kept: dict[tuple[int, int], Columns] = field(default_factory=dict, init=False)
 
-    def weigher(self, exchange: int, rows: NDArray[np.int64] | None) -> Weigher:
-        """What weighs this exchange's residuals with these rows (None: all)."""
-        session, terms = self.session, self.terms
-        x = self.x if rows is None else self.x[rows]
+    @property
+    def scales(self) -> Scales:
+        return self.terms.scales[self.session.name]
+
+    def weigher(self, exchange: int, number: int, cut: tuple[slice, slice], rows: NDArray[np.int64] | None) -> Weigher:
+        """What weighs the residuals of a pass with these rows (None: all)."""
+        session, terms, scales = self.session, self.terms, self.scales
         if self.public is not None:
+            x = self.x if rows is None else self.x[rows]
             return PaillierWeigher(
                 self.public,
                 x,
-                terms.residual_bound,
+                1 << scales.residual_bits,
                 width=terms.width,
-                slot_bits=terms.scales.slot_bits,
+                slot_bits=scales.slot_bits,
                 tick=session.tick,
                 workers=session.workers if x.size >= WORTH_WORKERS else None,
             )
-        columns = self._kept or Columns(x, terms.layout(len(x)), terms.parts[session.name])
-        if rows is None:
-            self._kept = columns
         with blame(session.label_holder):
             public = session.channels[session.label_holder].receive(SchemeKey).data
             return LatticeWeigher(
-                columns,
+                self._columns(cut, rows),
                 public,
-                _context(session, exchange),
-                terms.residual_bound,
-                exchanges=terms.exchanges,
+                _context(session, session.name, exchange, number),
+                1 << scales.residual_bits,
+                sums=terms.exchanges * terms.parts[session.name] * terms.columns[session.name] * terms.width,
                 tick=session.tick,
             )
+
+    def _columns(self, cut: tuple[slice, slice], rows: NDArray[np.int64] | None) -> Columns:
+        parts, bound = self.terms.parts[self.session.name], 1 << self.scales.residual_bits
+        if rows is not None:
+            return Columns(self.x[rows, cut[0]], _layout(len(rows), cut), parts, bound, 0)
+        layout = _layout(len(self.x), cut)
+        place = (cut[0].start, layout.width)
+        if place not in self._kept:
+            room = CACHE_BYTES * (cut[0].stop - cut[0].start) // self.x.shape[1]
+            self._kept[place] = Columns(self.x[:, cut[0]], layout, parts, bound, room)
+        return self._kept[place]
+
+
+def _layout(rows: int, cut: tuple[slice, slice]) -> Layout:
+    columns, residuals = cut
+    return Layout.of(rows, (columns.stop - columns.start,), residuals.stop - residuals.start)
 
 
 def offer_key(session: Session, terms: Terms, secret: SecretKey | None = None) -> LabelEnd:
@@ -219,10 +272,10 @@ def accept_key(session: Session, terms: Terms, x: Fixed) -> FeatureEnd:
     return FeatureEnd(session, terms, x, PublicKey(n))
 
 
-def _context(session: Session, exchange: int | None = None) -> bytes:
-    """What ties a key to this session, this label holder and (lattice) this exchange."""
+def _context(session: Session, *of_key: str | int) -> bytes:
+    """What ties a key to this session, this label holder and (lattice) feature holder, exchange and pass."""
     whose = session.id + session.agreement.party(session.label_holder).identity.key_id
-    return whose if exchange is None else whose + exchange.to_bytes(8, "little")
+    return whose + "".join(f" {one}" for one in of_key).encode()
 
 
 def open_gradients(end: LabelEnd, residual: Matrix | Vector, exchange: int) -> None:
@@ -230,27 +283,43 @@ def open_gradients(end: LabelEnd, residual: Matrix | Vector, exchange: int) -> N
 
     Reveals:
         To feature holder k: its own aggregate gradient X_k^T R, columns[k] * m numbers. If it deviates, any linear
-        function of R that fits in as many numbers: its mask makes that look like an honest reply.
+        function of R that fits in as many numbers: its mask makes that look like an honest reply. Lattice: with more
+        than 32 numbers a key (`numbers_per_key`) less than 2^128 work, with 205 none, gives it all of R.
         To us: nothing; every plaintext that we open is uniform in Z_n (Paillier), modulo 2^64 (lattice).
     Raises:
         ProtocolViolation: a reply of another shape than d_k columns need, or no ciphertexts under our key.
     """
-    session, terms = end.session, end.terms
-    bits = terms.scales.residual_bits
-    fixed = quantise(residual.reshape(len(residual), -1), bits, bound_bits=bits + 1, what="residuals")
-    opener = end.opener(exchange, len(fixed))
-    for start in range(0, len(fixed), opener.rows):
-        session.broadcast(SealedResidual(exchange, opener.encrypt(fixed[start : start + opener.rows])))
-        session.tick()
-    for name, channel in session.channels.items():
-        due = opener.replies(terms.columns[name], terms.parts[name])
-        replies = [channel.receive(SealedGradient) for _ in range(0, due, REPLIES_PER_PART)]
-        with blame(name):
-            if any(reply.exchange != exchange for reply in replies) or sum(len(reply.data) for reply in replies) != due:
+    session, terms, rows = end.session, end.terms, len(residual)
+    bits = {scales.residual_bits for scales in terms.scales.values()}
+    fixed = {b: quantise(residual.reshape(rows, -1), b, bound_bits=b + 1, what="residuals") for b in bits}
+    number = 0
+    while openers := end.openers(exchange, number, rows):
+        for opener, names in openers:
+            for start in range(0, rows, opener.rows):
+                first = next(iter(names))
+                part = fixed[terms.scales[first].residual_bits][start : start + opener.rows, names[first][1]]
+                sealed = SealedResidual(exchange, opener.encrypt(part))
+                for name in names:
+                    session.channels[name].send(sealed)
+                session.tick()
+        for opener, names in openers:
+            for name, (columns, _) in names.items():
+                opened = _opened(end, opener, name, columns.stop - columns.start, exchange)
+                session.channels[name].send(OpenedGradient(exchange, opened))
+        number += 1
+
+
+def _opened(end: LabelEnd, opener: Opener, name: str, columns: int, exchange: int) -> Wire:
+    """A feature holder's reply, opened."""
+    parts, replies = end.terms.parts[name], []
+    due = opener.replies(columns, parts)
+    with blame(name):
+        for start in range(0, due, REPLIES_PER_PART):
+            reply = end.session.channels[name].receive(SealedGradient)
+            if reply.exchange != exchange or len(reply.data) != min(REPLIES_PER_PART, due - start):
                 raise ValueError("a gradient of another step or size than is due")
-            sealed = np.concatenate([reply.data for reply in replies])
-            opened = opener.open(sealed, terms.columns[name], terms.parts[name])
-        channel.send(OpenedGradient(exchange, opened))
+            replies.append(reply.data)
+        return opener.open(np.concatenate(replies), columns, parts)
 
 
 def weigh_gradient(end: FeatureEnd, exchange: int, rows: NDArray[np.int64] | None = None) -> Matrix:
@@ -263,19 +332,22 @@ def weigh_gradient(end: FeatureEnd, exchange: int, rows: NDArray[np.int64] | Non
         ProtocolViolation: bad ciphertexts, another number of rows, or an opened sum that cannot be.
         LocalError: the sums do not fit the agreed slots.
     """
-    channel = end.session.channels[end.session.label_holder]
-    weigher = end.weigher(exchange, rows)
-    with blame(channel.peer):
-        for _ in range(weigher.parts):
-            part = channel.receive(SealedResidual)
-            if part.exchange != exchange:
-                raise ValueError("residuals of another step than is due")
-            weigher.add(part.data)
-        replies = weigher.finish()
-        for start in range(0, len(replies), REPLIES_PER_PART):
-            channel.send(SealedGradient(exchange, replies[start : start + REPLIES_PER_PART]))
-        opened = channel.receive(OpenedGradient)
-        if opened.exchange != exchange:
-            raise ValueError("a gradient of another step than is due")
-        sums = weigher.open(opened.data)
-    return restore(sums, end.terms.scales.feature_bits + end.terms.scales.residual_bits)
+    channel, terms = end.session.channels[end.session.label_holder], end.terms
+    sums = np.zeros((end.x.shape[1], terms.width), dtype=object)
+    count = len(end.x) if rows is None else len(rows)
+    for number, cut in enumerate(terms.passes(end.session.name, count)):
+        weigher = end.weigher(exchange, number, cut, rows)
+        with blame(channel.peer):
+            for _ in range(weigher.parts):
+                part = channel.receive(SealedResidual)
+                if part.exchange != exchange:
+                    raise ValueError("residuals of another step than is due")
+                weigher.add(part.data)
+            replies = weigher.finish()
+            for start in range(0, len(replies), REPLIES_PER_PART):
+                channel.send(SealedGradient(exchange, replies[start : start + REPLIES_PER_PART]))
+            opened = channel.receive(OpenedGradient)
+            if opened.exchange != exchange:
+                raise ValueError("a gradient of another step than is due")
+            sums[cut] = weigher.open(opened.data)
+    return restore(sums, end.scales.feature_bits + end.scales.residual_bits)

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 
 from parties.errors import LocalError
-from vfl.losses import Vector
-from vfl.solver import Matrix
+from vfl.losses import Matrix, Vector
 
 log = logging.getLogger("colonnade")
 LEVERAGE_REFUSED = 0.9

@@ -22,11 +22,11 @@ from vfl.encryption.paillier import SecretKey
 from vfl.encryption.scheme import Fixed
 from vfl.exchange import Scales, Terms, accept_key, offer_key
 from vfl.inputs import check_columns, matrix, rank, two_labels
-from vfl.losses import Vector
+from vfl.losses import Matrix, Vector
 from vfl.messages import Plan
 from vfl.secure_sum import Contribution, sum_embeddings
 from vfl.share import ModelShare, Scaling
-from vfl.solver import Limits, Matrix, Result
+from vfl.solver import Limits, Result
 
 log = logging.getLogger("colonnade")
 FEW_SCORES = 10
@@ -200,7 +200,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
             Contribution(session).send_embedding(x @ self.coef_[0], 0)
             return None
         ours: Vector = x @ self.coef_[0] + self.intercept_[0]
-        return ours + sum_embeddings(session, len(x), 0)
+        return ours + sum_embeddings(session, len(x), 0)[:, 0]
 
     def predict_proba(self, X: pd.DataFrame | Matrix, *, session: Session) -> Matrix | None:
         """(n, 2) at the label holder, None at a feature holder. Reveals what `decision_function` does."""
@@ -296,7 +296,7 @@ class VerticalLogisticRegression(ClassifierMixin, BaseEstimator):  # type: ignor
         columns = {name: plan.columns for name, plan in plans.items() if name != session.label_holder}
         for name, count in columns.items():
             agreed = session.agreement.party(name).columns
-            if count + 1 >= rows or (agreed and count > agreed):
+            if not count or count + 1 >= rows or (agreed and count > agreed):
                 limit = f"the agreement allows {agreed}" if agreed else f"a batch has {rows} rows"
                 raise Refused(f"{name} brings {count} columns, {limit}: its gradients would give it labels", peer=name)
         return columns

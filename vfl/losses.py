@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
 
 
 class Logistic:

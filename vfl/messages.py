@@ -12,6 +12,7 @@ import numpy as np
 from parties.message import Array, Message, kind
 
 REPLIES_PER_PART = 64
+VALUES_PER_PART = 1 << 20
 LARGEST = 2.0**46  # of any number in clear: what follows cannot overflow
 
 
@@ -74,7 +75,7 @@ class MaskKey(Message):
 @kind(203, "plaintext", "<f8", 1)
 @dataclass(frozen=True, eq=False)
 class PartialEmbedding(_Step):
-    """k -> G, one feature holder only: X_k W_k per row (or X_k p_k along a search direction), in clear."""
+    """k -> G, one feature holder only: X_k W_k row by row (or X_k P_k along search directions), in clear."""
 
     data: Array
 

@@ -24,8 +24,16 @@ from parties.channel import Channel
 from parties.errors import LocalError, ProtocolViolation, blame
 from parties.message import Array, Message
 from parties.session import Session
-from vfl.losses import Vector
-from vfl.messages import LARGEST, MaskedEmbedding, MaskedScalars, MaskKey, PartialEmbedding, PartialScalars
+from vfl.losses import Matrix, Vector
+from vfl.messages import (
+    LARGEST,
+    VALUES_PER_PART,
+    MaskedEmbedding,
+    MaskedScalars,
+    MaskKey,
+    PartialEmbedding,
+    PartialScalars,
+)
 
 SCALAR_FRACTION = 80  # of 128 bits: sums of squares down to 2^-80 and up to 2^47
 SCALAR_MODULUS = 1 << 128
@@ -61,8 +69,8 @@ class Contribution:
             self._keys.append((1 if session.name == first else -1, key))
         self._used: set[tuple[int, int]] = set()
 
-    def send_embedding(self, values: Vector, exchange: int) -> None:
-        """Our partial embedding, (n,). Raises LocalError when a value would wrap around modulo 2^64.
+    def send_embedding(self, values: Vector | Matrix, exchange: int) -> None:
+        """Our partial embedding, (n,) or (n, m). Raises LocalError when a value would wrap around modulo 2^64.
 
         Reveals:
             To the label holder: the sum over all feature holders; with one, our embedding itself.
@@ -73,14 +81,17 @@ class Contribution:
                 f"a partial embedding reaches {limit:.0f}, where its sum could overflow; "
                 "standardise the features or agree on fewer embedding_bits"
             )
+        flat = np.asarray(values, "<f8").ravel()
         if not self._keys:
-            self.label_holder.send(PartialEmbedding(exchange, np.asarray(values, "<f8")))
+            for start in range(0, max(len(flat), 1), VALUES_PER_PART):
+                self.label_holder.send(PartialEmbedding(exchange, flat[start : start + VALUES_PER_PART]))
             return
-        words = np.rint(np.ldexp(values, self._bits)).astype(np.int64).astype("<u8")
+        words = np.rint(np.ldexp(flat, self._bits)).astype(np.int64).astype("<u8")
         for sign, stream in self._streams(exchange, MaskedEmbedding, 8 * len(words)):
             mask = np.frombuffer(stream, "<u8")
             words = words + mask if sign > 0 else words - mask
-        self.label_holder.send(MaskedEmbedding(exchange, words))
+        for start in range(0, max(len(words), 1), VALUES_PER_PART):
+            self.label_holder.send(MaskedEmbedding(exchange, words[start : start + VALUES_PER_PART]))
 
     def send_scalars(self, values: Sequence[float], exchange: int) -> None:
         """Scalar products of our slices, in the order that both sides know.
@@ -111,19 +122,31 @@ class Contribution:
         ]
 
 
-def sum_embeddings(session: Session, rows: int, exchange: int) -> Vector:
-    """At the label holder: the sum of the partial embeddings over the feature holders, (rows,).
+def sum_embeddings(session: Session, rows: int, exchange: int, width: int = 1) -> Matrix:
+    """At the label holder: the sum of the partial embeddings over the feature holders, (rows, width).
 
     Reveals:
         To us: that sum; with one feature holder, its embedding itself.
     """
-    channels = list(session.channels.values())
+    channels, count = list(session.channels.values()), rows * width
     if len(channels) == 1:
-        return _checked(channels[0], channels[0].receive(PartialEmbedding), exchange, rows).astype(np.float64)
-    total = np.zeros(rows, "<u8")
+        return _parts(channels[0], PartialEmbedding, exchange, count).astype(np.float64).reshape(rows, width)
+    total = np.zeros(count, "<u8")
     for channel in channels:
-        total = total + _checked(channel, channel.receive(MaskedEmbedding), exchange, rows)
-    return np.ldexp(total.astype(np.int64).astype(np.float64), -session.agreement.encryption.embedding_bits)
+        total = total + _parts(channel, MaskedEmbedding, exchange, count)
+    exact = np.ldexp(total.astype(np.int64).astype(np.float64), -session.agreement.encryption.embedding_bits)
+    return exact.reshape(rows, width)
+
+
+def _parts(
+    channel: Channel, expected: type[PartialEmbedding] | type[MaskedEmbedding], exchange: int, count: int
+) -> Array:
+    return np.concatenate(
+        [
+            _checked(channel, channel.receive(expected), exchange, min(VALUES_PER_PART, count - start))
+            for start in range(0, max(count, 1), VALUES_PER_PART)
+        ]
+    )
 
 
 def sum_scalars(session: Session, count: int, exchange: int) -> Vector:

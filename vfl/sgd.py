@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from parties.session import Session
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
-from vfl.losses import Logistic, Vector
+from vfl.losses import Logistic, Matrix, Vector
 from vfl.secure_sum import Contribution, sum_embeddings
-from vfl.solver import Matrix, Result
+from vfl.solver import Result
 
 
 def batches(rows: int, size: int, epochs: int, seed: int) -> list[NDArray[np.int64]]:
@@ -49,7 +49,7 @@ def label_holder(
     """
     weights = start.copy()
     for exchange, rows in enumerate(plan):
-        scores = x[rows] @ weights + sum_embeddings(session, len(rows), exchange)
+        scores = x[rows] @ weights + sum_embeddings(session, len(rows), exchange)[:, 0]
         residual = Logistic.derivative(scores, y[rows])
         open_gradients(end, residual, exchange)
         weights = weights - rate * (x[rows].T @ residual / len(rows) + penalty * weights)
@@ -72,7 +72,7 @@ def feature_holder(
         To the label holder, per batch: our part of the sum of partial embeddings; with one feature holder, ours itself:
         after d batches it can rebuild our columns up to a linear map.
     """
-    exact = end.terms.scales.exact(end.x)
+    exact = end.scales.exact(end.x)
     weights = np.zeros(exact.shape[1])
     for exchange, rows in enumerate(plan):
         contribution.send_embedding(exact[rows] @ weights, exchange)

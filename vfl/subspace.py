@@ -22,10 +22,10 @@ from sklearn.linear_model import LogisticRegression
 from parties.errors import ProtocolViolation, blame
 from parties.session import Session
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
-from vfl.losses import Logistic, Vector
+from vfl.losses import Logistic, Matrix, Vector
 from vfl.messages import LARGEST, Direction, Weights
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
-from vfl.solver import Limits, Matrix, Result, expected
+from vfl.solver import Limits, Result, expected
 
 INNER_TOLERANCE = 1e-10  # of the label holder's own minimisation, far below any outer one
 
@@ -114,7 +114,7 @@ def feature_holder(
         ProtocolViolation: the label holder sent what its step does not allow, or does not stop when it must.
     """
     channel = contribution.label_holder
-    exact = end.terms.scales.exact(end.x)
+    exact = end.scales.exact(end.x)
     directions, weights, first = np.empty((exact.shape[1], 0)), np.zeros(exact.shape[1]), 0.0
     for exchange in range(limits.exchanges):
         if exchange:

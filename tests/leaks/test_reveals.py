@@ -305,7 +305,7 @@ def test_not_caught_crafted_gradient_reply(secret, monkeypatch):
         targets = range(3 * exchange, 3 * exchange + 3)
         units = np.zeros_like(end.x)
         for column, row in enumerate(targets):
-            units[row, column] = 1 << end.terms.scales.feature_bits
+            units[row, column] = 1 << end.scales.feature_bits
         residuals = honest(dataclasses.replace(end, x=units), exchange)
         learnt.update(zip(targets, residuals[:, 0], strict=True))
         return residuals  # keeps the solver busy with something
@@ -338,7 +338,7 @@ def test_not_caught_label_holder_chooses_residual(secret):
         open_gradients(end, np.eye(n)[target], 0)
         stolen["square"] = sum_scalars(session, 1, 0)[0] * n**2
         session.broadcast(Direction(0, False, np.array([-1.0])))
-        stolen["products"] = sum_embeddings(session, n, 0) * -n
+        stolen["products"] = sum_embeddings(session, n, 0)[:, 0] * -n
         session.broadcast(Weights(0, np.zeros(1)))
         open_gradients(end, np.zeros(n), 1)
         sum_scalars(session, 2, 1)

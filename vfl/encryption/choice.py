@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from vfl.encryption.lattice import SEALED_BYTES, Columns, LatticeKey, LatticeWeigher, Layout
+from vfl.encryption.lattice import NUMBERS_PER_KEY, SEALED_BYTES, Columns, LatticeKey, LatticeWeigher, Layout, passes
 from vfl.encryption.paillier import generate
 from vfl.encryption.ring import DEGREE, modulus
 from vfl.encryption.scheme import Fixed
@@ -80,7 +80,14 @@ class Cost:
 
 
 def predict(
-    units: Units, rows: int, columns: tuple[int, ...], width: int = 1, exchanges: int = 1, *, cached: bool = True
+    units: Units,
+    rows: int,
+    columns: tuple[int, ...],
+    width: int = 1,
+    exchanges: int = 1,
+    *,
+    cached: bool = True,
+    numbers: int = NUMBERS_PER_KEY,
 ) -> dict[Scheme, Cost]:
     """`columns` of every feature holder; they work at the same time, the label holder serves them one after another.
 
@@ -95,17 +102,19 @@ def predict(
     )
     paillier_bytes = sum(rows * width * ciphertext + count * ciphertext * 3 // 2 for count in packs)
 
-    layout = Layout.of(rows, columns, width)
-    replies, tiles = [layout.replies(d) for d in columns], layout.blocks * layout.groups(max(columns))
-    lattice = (
-        layout.sealed * (units.lattice_seal + units.lattice_take)
-        + tiles * layout.sheets * units.weigh
-        + max(replies) * units.lattice_cover
-        + sum(replies) * units.lattice_open
-    )
-    encoding = tiles * units.encode
-    lattice_bytes = sum(layout.sealed * SEALED_BYTES + count * layout.reply_bytes for count in replies)
-    lattice_bytes += 8 * width * sum(columns)
+    lattice = encoding = slowest = 0.0
+    lattice_bytes = 0
+    for d in columns:
+        step = passes(rows, d, width, 1, numbers)
+        layout, repeats = Layout.of(rows, (step[0],), step[1]), -(-width // step[1])
+        keys = -(-d // step[0]) * repeats  # the last may have fewer columns
+        replies, tiles = keys * layout.replies(step[0]), keys * layout.blocks * layout.groups(step[0])
+        lattice += keys * layout.sealed * units.lattice_seal + replies * units.lattice_open
+        weighing = tiles * layout.sheets * units.weigh + replies * units.lattice_cover
+        slowest = max(slowest, keys * layout.sealed * units.lattice_take + weighing)
+        encoding = max(encoding, tiles / repeats * units.encode)
+        lattice_bytes += keys * layout.sealed * SEALED_BYTES + replies * layout.reply_bytes + 8 * width * d
+    lattice += slowest
     encodings = encoding * (1 if cached else exchanges)
     return {
         "paillier": Cost(exchanges * paillier, paillier, exchanges * paillier_bytes),

@@ -13,12 +13,13 @@ p(X) = sum_j sum_i x_ij X^(jwB+B-1-i), k columns in one product, the coefficient
 all j < k and l < w as long as k w B <= N. Blocks add up.
 
 *What goes back* says nothing of X but the sums: to the product is added an encryption of zero (c1 becomes pseudo-random
-by ring-LWE in a fresh secret u), to the wanted coefficients of c0 a mask uniform modulo t and noise uniform over 2^112
+by ring-LWE in a fresh secret u), to the wanted coefficients of c0 a mask uniform modulo t and noise uniform over 2^116
 values, beside which the noise that the product carries (it depends on X) is lost. Only then the modulus is switched
 down, for size. c1 and the wanted coefficients of c0 travel; of the plaintext only these are opened.
 
-*One key an exchange.* Whoever chooses what is decrypted can read 40 coefficients of a ternary secret from one number.
-The key of an exchange opens that exchange alone: what was sealed before and after stays sealed.
+*Many keys.* Whoever chooses what is decrypted can read 40 coefficients of a ternary secret from one opened number. So
+no key opens more than `NUMBERS_PER_KEY` numbers, of one feature holder, in one exchange: 32 * 40 coefficients known
+leave a dimension of 6912, still 128 bits of security. `passes` cuts an exchange up accordingly.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError
 from vfl.encryption import ring
-from vfl.encryption.fixedpoint import sum_bits
 from vfl.encryption.ring import DEGREE, PRIMES, Entropy, Residues
 from vfl.encryption.scheme import Exact, Fixed, Wire
 
 PLAIN_BITS = 64
 REPLY_PRIMES = 4
-FLOOD_BITS = 112
+FLOOD_BITS = 116
 STATISTICAL_BITS = 40  # the least distance to a reply that does not depend on X, over a whole training
 SEALED_BYTES = len(PRIMES) * DEGREE * ring.PRIME_BYTES
 CACHE_BYTES = 1 << 30
+NUMBERS_PER_KEY = 32
 ERROR = ring.NOISE_BOUND + 0.5  # of a sealed coefficient: noise and rounding
+TOO_LARGE = "sums of a column's values are too large for the lattice scheme; standardise the features"
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,15 @@ class LatticeKey:
 class Columns:
     """A feature holder's X (n, d) in fixed point as polynomials, kept between exchanges up to `cache_bytes`.
 
-    `parts` partial sums over consecutive rows, so that none overflows.
+    `parts` partial sums over consecutive rows, so that none overflows with residuals up to `residual_bound`.
+    LocalError: so many are not enough.
     """
 
-    def __init__(self, x: Fixed, layout: Layout, parts: int = 1, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self, x: Fixed, layout: Layout, parts: int = 1, residual_bound: int = 1, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.x, self.layout, self.parts = x, layout, parts
-        cuts = [len(x) * part // parts for part in range(parts + 1)]
-        self._ranges = list(pairwise(cuts))
+        self._ranges = _cut(x, parts, residual_bound)
         self._kept: dict[tuple[int, int, int], NDArray[np.float32]] = {}
         self._room = cache_bytes
         self.absolute = [[int(v) for v in np.abs(x[low:high]).sum(axis=0)] for low, high in self._ranges]
@@ -230,7 +234,7 @@ class Columns:
 class LatticeWeigher:
     """One exchange at a feature holder: `add` the sealed blocks as they arrive, `finish` once, `open` once.
 
-    `exchanges` is how many the training may have.
+    `sums` is how many the training may open for us in all; 0: those of this exchange.
 
     Reveals:
         To the label holder: sums uniform modulo 2^64, under noise that hides X up to a statistical distance of 2^-40
@@ -244,7 +248,7 @@ class LatticeWeigher:
         context: bytes,
         residual_bound: int,
         *,
-        exchanges: int = 1,
+        sums: int = 0,
         tick: Callable[[], None] = lambda: None,
         entropy: Entropy = os.urandom,
     ) -> None:
@@ -257,7 +261,8 @@ class LatticeWeigher:
         )
         self._sealed: list[Residues] = []
         self._masks: NDArray[np.uint64] | None = None
-        check(columns, residual_bound, exchanges)
+        self._opened = False
+        check(columns, residual_bound, sums)
         self._take(public, 1)
 
     @property
@@ -266,8 +271,8 @@ class LatticeWeigher:
 
     def add(self, sealed: Wire) -> None:
         """The next block's ciphertexts. Raises ValueError on what is none."""
-        if len(self._sealed) >= self._columns.layout.sealed:
-            raise ValueError("more ciphertexts than there are rows")
+        if self._masks is not None or len(self._sealed) >= self._columns.layout.sealed:
+            raise RuntimeError("more parts than there are rows; an exchange is used once")
         self._take(sealed, self._columns.layout.sheets)
 
     def _take(self, sealed: Wire, count: int) -> None:
@@ -320,7 +325,8 @@ class LatticeWeigher:
         total = total + ring.reduce_all(self._sealed[0] * u)
         c0, c1 = ring.inverse(ring.reduce_all(total))
         c1 = ring.reduce_all(c1 + ring.residues(ring.noise(self._entropy)))
-        flood = [int.from_bytes(self._entropy(FLOOD_BITS // 8), "little") - (1 << FLOOD_BITS - 1) for _ in used]
+        drawn = (self._entropy(-(-FLOOD_BITS // 8)) for _ in used)
+        flood = [(int.from_bytes(one, "little") >> -FLOOD_BITS % 8) - (1 << FLOOD_BITS - 1) for one in drawn]
         wanted = np.zeros((len(PRIMES), layout.products * layout.together))
         wanted[:, used] = c0[:, layout.wanted()[used]] + ring.from_integers(flood, len(PRIMES))
         wanted[:, used] += _scaled(masks.view(np.int64))
@@ -333,9 +339,9 @@ class LatticeWeigher:
         Raises:
             ValueError: not so many numbers, or sums larger than the data allow: the label holder sent something else.
         """
-        if self._masks is None:
+        if self._masks is None or self._opened:
             raise RuntimeError("nothing to open: finish first, and open once")
-        masks, self._masks = self._masks, None
+        masks, self._opened = self._masks, True
         if opened.dtype != np.uint8 or opened.shape != (len(masks), 8):
             raise ValueError(f"expected {len(masks)} plaintexts of 8 bytes, got {opened.shape}")
         values = (np.ascontiguousarray(opened).view("<u8").ravel() - masks).view(np.int64)
@@ -355,7 +361,7 @@ class LatticeWeigher:
         return sums
 
 
-def check(columns: Columns, residual_bound: int, exchanges: int) -> None:
+def check(columns: Columns, residual_bound: int, sums: int = 0) -> None:
     """Refuse what would overflow, or noise that the flood would not hide. Raises LocalError.
 
     The noise of a sum is at most ERROR times its columns' sum of |x|, plus that of the encryption of zero. Uniform
@@ -363,12 +369,43 @@ def check(columns: Columns, residual_bound: int, exchanges: int) -> None:
     """
     layout, count = columns.layout, columns.x.shape[1]
     largest = max(map(max, columns.absolute))
-    if sum_bits(largest, residual_bound) >= PLAIN_BITS - 1:
-        raise LocalError("sums of a column's values too large for the lattice scheme; standardise the features")
+    if largest * residual_bound >= 1 << PLAIN_BITS - 1:
+        raise LocalError(TOO_LARGE)
     noise = ERROR * layout.products * largest + 2 * DEGREE * ring.NOISE_BOUND + 1
-    sums = columns.parts * count * layout.width * exchanges
+    sums = sums or columns.parts * count * layout.width
     if math.log2(noise * sums) > FLOOD_BITS - STATISTICAL_BITS:
         raise LocalError('too many sums for the noise that hides our columns; fewer exchanges, or scheme = "paillier"')
+
+
+def _cut(x: Fixed, parts: int, residual_bound: int) -> list[tuple[int, int]]:
+    """Ranges of rows whose sums do not overflow: each as long as it may be, empty ones at the end."""
+    limit, cuts = ((1 << PLAIN_BITS - 1) - 1) // residual_bound, [0]
+    sums = np.abs(x).cumsum(axis=0, dtype=np.float64) if parts > 1 else np.empty(0)  # off by less than 2^-20 of itself
+    for _ in range(parts - 1):
+        start = cuts[-1]
+        before = sums[start - 1] if start else 0.0
+        cuts.append(start + int(np.searchsorted((sums[start:] - before).max(axis=1), 0.99 * limit)))
+    ranges = list(pairwise([*cuts, len(x)]))
+    if parts > 1 and any(
+        np.abs(x[low:high]).sum(axis=0, dtype=np.float64).max(initial=0) > limit for low, high in ranges
+    ):
+        raise LocalError(TOO_LARGE)
+    return ranges
+
+
+@cache
+def passes(rows: int, columns: int, width: int, parts: int = 1, numbers: int = NUMBERS_PER_KEY) -> tuple[int, int]:
+    """How many columns of X and of R go under one key, so that it opens at most `numbers` partial sums: the cut that
+    sends the fewest bytes."""
+
+    def cost(cut: tuple[int, int]) -> int:
+        layout = Layout.of(rows, (cut[0],), cut[1])
+        keys = -(-columns // cut[0]) * -(-width // cut[1])
+        return keys * (layout.sealed * SEALED_BYTES + layout.replies(cut[0], parts) * layout.reply_bytes)
+
+    most = max(numbers // parts, 1)
+    cuts = [(c, min(width, most // c)) for c in range(1, min(columns, most) + 1)]
+    return min(cuts, key=cost)
 
 
 def _scaled(plain: NDArray[np.int64]) -> Residues:

@@ -1,0 +1,262 @@
+"""Secure aggregation without a channel: keys, shares, masks, and how a sum is opened.
+
+Client u draws a mask key and a self mask b_u and sends
+
+    y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)   modulo 2^64,
+
+s_uv the Diffie-Hellman secret of u's and v's mask keys (Bonawitz et al., Practical Secure Aggregation for
+Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the context through HKDF and is used
+for one stream or one ciphertext only, which is why nonces are zero.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+from parties.errors import PeerLost, blame
+from parties.identity import Identity, PublicIdentity
+from parties.message import Array
+from vfl.horizontal.context import Context
+from vfl.horizontal.shamir import PRIME, recover, split
+
+Words = NDArray[np.uint64]
+KEYS, SURVIVORS = "aggregation keys", "aggregation survivors"  # what a client signs
+
+
+def _derive(context: Context, secret: bytes, purpose: str) -> bytes:
+    return HKDF(SHA256(), 32, salt=context.digest, info=f"colonnade/aggregation/{purpose}/1".encode()).derive(secret)
+
+
+def _cipher(key: bytes) -> CipherContext:
+    """ChaCha20 (RFC 8439)."""
+    return Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+
+def _stream(key: bytes, size: int) -> bytes:
+    return _cipher(key).update(bytes(size))
+
+
+def _commitment(context: Context, client: int, self_seed: int) -> bytes:
+    return _derive(context, self_seed.to_bytes(32, "big"), f"commitment {client}")
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What a client draws for one attempt. A seed is a number below Shamir's prime."""
+
+    sealing: X25519PrivateKey = field(repr=False)
+    mask_seed: int = field(repr=False)
+    self_seed: int = field(repr=False)
+    coefficients: tuple[list[int], list[int]] = field(repr=False)
+
+    @classmethod
+    def draw(cls, context: Context, seed: bytes | None = None) -> Secrets:
+        """Fresh; a `seed` of 32 bytes replays them."""
+        raw = _stream(seed or secrets.token_bytes(32), 32 * (1 + 2 * context.quorum))
+        chunks = [raw[i : i + 32] for i in range(0, len(raw), 32)]
+        mask_seed, self_seed, *rest = (int.from_bytes(chunk, "big") % PRIME for chunk in chunks[1:])
+        half = len(rest) // 2  # each number is 2^-248 from uniform
+        return cls(X25519PrivateKey.from_private_bytes(chunks[0]), mask_seed, self_seed, (rest[:half], rest[half:]))
+
+
+def mask_key(mask_seed: int) -> X25519PrivateKey:
+    return X25519PrivateKey.from_private_bytes(mask_seed.to_bytes(32, "big"))
+
+
+# ---- tables: one row per client of a neighbourhood, zeros where it is absent
+
+
+def table(near: Sequence[int], rows: Mapping[int, bytes], width: int) -> Array:
+    return np.frombuffer(b"".join(rows.get(client, bytes(width)) for client in near), np.uint8).reshape(-1, width)
+
+
+def rows_of(near: Sequence[int], data: Array) -> dict[int, bytes]:
+    """Raises ValueError: another number of rows than the neighbourhood has clients."""
+    if len(data) != len(near):
+        raise ValueError(f"{len(data)} rows where {len(near)} are due")
+    return {client: row.tobytes() for client, row in zip(near, data, strict=True) if row.any()}
+
+
+# ---- step 0: keys
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A client's public keys for one attempt, its commitment to its self mask, and its signature over context, position
+    and these; 32, 32, 32 and 64 bytes."""
+
+    sealing: bytes
+    mask: bytes
+    commitment: bytes
+    signature: bytes
+
+    @property
+    def raw(self) -> bytes:
+        return self.sealing + self.mask + self.commitment + self.signature
+
+
+def make_offer(context: Context, client: int, me: Identity, drawn: Secrets) -> Offer:
+    sealing = drawn.sealing.public_key().public_bytes_raw()
+    mask = mask_key(drawn.mask_seed).public_key().public_bytes_raw()
+    commitment = _commitment(context, client, drawn.self_seed)
+    signature = me.sign(KEYS, _statement(context, client, sealing + mask + commitment))
+    return Offer(sealing, mask, commitment, signature)
+
+
+def read_offer(context: Context, client: int, identity: PublicIdentity, raw: bytes) -> Offer:
+    """Raises ValueError: not signed by that client for this attempt."""
+    if not identity.signed(KEYS, _statement(context, client, raw[:96]), raw[96:]):
+        raise ValueError(f"the keys of {context.names[client]} are not signed by it for this attempt")
+    return Offer(raw[:32], raw[32:64], raw[64:96], raw[96:])
+
+
+def refuse_weak(offer: Offer) -> None:
+    """Raises ValueError: a key of small order, with which every secret would be 0."""
+    for key in (offer.sealing, offer.mask):
+        X25519PrivateKey.from_private_bytes(bytes(32)).exchange(X25519PublicKey.from_public_bytes(key))
+
+
+def _statement(context: Context, client: int, body: bytes) -> bytes:
+    return context.digest + client.to_bytes(4, "little") + body
+
+
+# ---- step 1: shares, sealed from client to client
+
+
+def make_shares(context: Context, client: int, drawn: Secrets) -> dict[int, bytes]:
+    """For every holder: its share of our mask key, then of our self mask, 32 bytes each."""
+    near = context.neighbourhood(client)
+    holders = [holder + 1 for holder in near]
+    of_mask, of_self = (
+        split(seed, context.quorum, holders, coefficients)
+        for seed, coefficients in zip((drawn.mask_seed, drawn.self_seed), drawn.coefficients, strict=True)
+    )
+    return {
+        holder: of_mask[holder + 1].to_bytes(32, "big") + of_self[holder + 1].to_bytes(32, "big") for holder in near
+    }
+
+
+def agree(drawn: Secrets, offers: Mapping[int, Offer]) -> dict[int, bytes]:
+    """The secret that we share with each neighbour, for sealing. Raises ValueError: a key of small order."""
+    return {
+        other: drawn.sealing.exchange(X25519PublicKey.from_public_bytes(offer.sealing))
+        for other, offer in offers.items()
+    }
+
+
+def seal(context: Context, secret: bytes, sender: int, receiver: int, shares: bytes) -> bytes:
+    key = _derive(context, secret, f"shares {sender} {receiver}")
+    return ChaCha20Poly1305(key).encrypt(bytes(12), shares, None)
+
+
+def unseal(context: Context, secret: bytes, sender: int, receiver: int, sealed: bytes) -> bytes | None:
+    """The shares, or None when they were sealed to another or changed since."""
+    key = _derive(context, secret, f"shares {sender} {receiver}")
+    try:
+        return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, None)
+    except InvalidTag:
+        return None
+
+
+# ---- step 2: masks
+
+
+def self_mask(context: Context, client: int, self_seed: int, size: int) -> Words:
+    """PRG(b_u), (size,)."""
+    key = _derive(context, self_seed.to_bytes(32, "big"), f"self {client}")
+    return np.frombuffer(_stream(key, 8 * size), "<u8")
+
+
+def pairwise_masks(
+    context: Context, client: int, key: X25519PrivateKey, offers: Mapping[int, Offer], size: int
+) -> Words:
+    """The sum over the other clients in `offers` of +-PRG(s_uv), (size,). Raises ValueError: a key of small order."""
+    total, mask, zeros = np.zeros(size, "<u8"), np.empty(size, "<u8"), bytes(8 * size)
+    for other, offer in offers.items():
+        shared = key.exchange(X25519PublicKey.from_public_bytes(offer.mask))
+        low, high = sorted((client, other))
+        _cipher(_derive(context, shared, f"mask {low} {high}")).update_into(zeros, mask.view(np.uint8).data)
+        if client == low:
+            total += mask
+        else:
+            total -= mask
+    return total
+
+
+# ---- step 3: the survivors
+
+
+def sign_survivors(context: Context, client: int, me: Identity, survivors: Array) -> bytes:
+    return me.sign(SURVIVORS, _statement(context, client, survivors.tobytes()))
+
+
+def check_survivors(
+    context: Context, client: int, identity: PublicIdentity, survivors: Array, signature: bytes
+) -> None:
+    """Raises ValueError: the client did not sign these survivors in this attempt."""
+    if not identity.signed(SURVIVORS, _statement(context, client, survivors.tobytes()), signature):
+        raise ValueError(f"{context.names[client]} has not signed these survivors of this attempt")
+
+
+# ---- step 4: the sum
+
+
+def open_sum(
+    context: Context,
+    masked: Mapping[int, Words],
+    offers: Mapping[int, Offer],
+    replies: Mapping[int, Mapping[int, bytes]],
+) -> Words:
+    """The sum of the survivors' words, (size,).
+
+    masked: what each survivor sent; offers: of those who dealt shares, since only they are in anybody's masks; replies:
+    by holder and owner, a share of the owner's self mask if it survived, else of its mask key.
+
+    Raises:
+        PeerLost: too few holders of a client's shares replied.
+        ProtocolViolation: the shares do not give what a client committed to; that client, which is named, dealt others,
+        or holders returned others.
+    """
+    total = np.zeros_like(next(iter(masked.values())))
+    for words in masked.values():
+        total += words
+    for owner in sorted(offers):
+        if owner in masked:
+            total -= self_mask(context, owner, _seed(context, owner, offers[owner], replies, True), len(total))
+        elif partners := {j: offers[j] for j in context.neighbourhood(owner) if j in masked}:
+            key = mask_key(_seed(context, owner, offers[owner], replies, False))
+            total += pairwise_masks(context, owner, key, partners, len(total))
+    return total
+
+
+def _seed(
+    context: Context, owner: int, offer: Offer, replies: Mapping[int, Mapping[int, bytes]], survived: bool
+) -> int:
+    """The seed of the owner's self mask if it survived, else of its mask key."""
+
+    def fits(seed: int) -> bool:
+        if survived:
+            return _commitment(context, owner, seed) == offer.commitment
+        return mask_key(seed).public_key().public_bytes_raw() == offer.mask
+
+    holders = [j for j in context.neighbourhood(owner) if j in replies]
+    if len(holders) < context.quorum:
+        name = context.names[owner]
+        text = (
+            f"{len(holders)} of the clients that hold {name}'s shares are left, {context.quorum} are needed; try again"
+        )
+        raise PeerLost(text, peer=name)
+    shares = [(j + 1, int.from_bytes(replies[j][owner], "big")) for j in holders if owner in replies[j]]
+    with blame(context.names[owner]):
+        return recover(shares, context.quorum, fits)

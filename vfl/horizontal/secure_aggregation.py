@@ -1,0 +1,351 @@
+"""Secure aggregation: the coordinator learns the sum over the clients that stay, and no client's part. Two roles.
+
+    0  u -> C   KeyOffer           C -> u   KeyList          fresh keys, signed by their owners
+    1  u -> C   SealedShares       C -> u   ShareList        shares of both of u's secrets, sealed to their holders
+    2  u -> C   MaskedInput        C -> u   Survivors        from here on the set is fixed
+    3  u -> C   SurvivorSignature  C -> u   SignatureList    all sign the same set
+    4  u -> C   Unmasking                                    one share per client: of its self mask or of its mask key
+
+Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017, figure 4 with the
+consistency check; on a k-regular graph Bell et al., Secure Single-Server Aggregation with (Poly)Logarithmic Overhead,
+CCS 2020. Clients have a channel to the coordinator only. A client may vanish before any step; the coordinator goes on
+while the threshold is met.
+
+**Late clients.** A client that misses a step's deadline is out of the attempt: the coordinator tells it so (a table
+without rows), reads nothing more from it, and notes in `owed` which message it still owes. When that has come, `settle`
+drops it unread and the client may be asked again. One that never sends it stays out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parties.channel import Channel
+from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, blame
+from parties.identity import Identity, PublicIdentity
+from parties.message import Array
+from vfl.horizontal.context import Context
+from vfl.horizontal.masking import (
+    Offer,
+    Secrets,
+    agree,
+    check_survivors,
+    make_offer,
+    make_shares,
+    mask_key,
+    open_sum,
+    pairwise_masks,
+    read_offer,
+    refuse_weak,
+    rows_of,
+    seal,
+    self_mask,
+    sign_survivors,
+    table,
+    unseal,
+)
+from vfl.horizontal.messages import (
+    KeyList,
+    KeyOffer,
+    MaskedInput,
+    SealedShares,
+    ShareList,
+    SignatureList,
+    Step,
+    Survivors,
+    SurvivorSignature,
+    Unmasking,
+)
+
+S = TypeVar("S", bound=Step)
+T = TypeVar("T")
+Owed = dict[str, type[Step]]
+_ANSWERS: dict[type[Step], type[Step]] = {
+    KeyOffer: KeyList,
+    SealedShares: ShareList,
+    MaskedInput: Survivors,
+    SurvivorSignature: SignatureList,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended for a client: whose values the sum has (nobody's: we are left out), and whose shares came
+    altered. Whether the sum was opened in the end, the coordinator knows."""
+
+    survivors: tuple[str, ...]
+    unopened: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """The sum (size,), over whom, and the others with the reason of each."""
+
+    total: NDArray[np.float64]
+    survivors: tuple[str, ...]
+    lost: Mapping[str, ColonnadeError]
+
+
+def contribute(
+    channel: Channel,
+    me: Identity,
+    identities: Mapping[str, PublicIdentity],
+    context: Context,
+    values: NDArray[np.float64],
+    used: set[bytes],
+    timeout: float | None = None,
+    seed: bytes | None = None,
+) -> Outcome:
+    """At a client: add our values (size,) to the sum.
+
+    used: the digests of the contexts in which we took part, kept for as long as the session; we take part in each once.
+    timeout: seconds per answer of the coordinator, more than it gives all clients for a step; None: the channel's own.
+    seed: 32 bytes that replay our secrets.
+
+    Reveals:
+        To the coordinator: the sum over the survivors, at least `context.threshold` of the agreed clients, or nothing.
+        One that cheats learns no other sum; it can spoil this one. If it colludes with c clients, that holds for a
+        threshold above (n + c) / 2. On a k-regular graph it holds for a coordinator that follows the protocol and
+        colludes with at most k/2 neighbours of each: a client sees the signatures of its neighbours only.
+        To the other clients: who takes part and who survives.
+    Raises:
+        LocalError: a value that is not finite or beyond the agreed bound; nothing is sent.
+        ProtocolViolation: the coordinator repeats an attempt, forges or swaps keys or signatures, or shows us
+        survivors that are too few, without us, or not those that the others signed; nothing is unmasked.
+        PeerLost, PeerAborted: the coordinator is gone.
+    """
+    words = context.quantisation.words(values)
+    with blame(channel.peer):
+        if me.name not in context.names or context.digest in used:
+            raise ValueError(f"asks for round {context.round}, attempt {context.attempt}, once more or without us")
+        used.add(context.digest)
+        us = context.names.index(me.name)
+        near, drawn = context.neighbourhood(us), Secrets.draw(context, seed)
+
+        own = make_offer(context, us, me, drawn)
+        channel.send(_step(KeyOffer, context, np.frombuffer(own.raw, np.uint8)))
+        if (data := _answer(channel, KeyList, context, timeout)) is None:
+            return Outcome(())
+        rows = _enough(context, rows_of(near, data), "keys")
+        if rows.pop(us, None) != own.raw:
+            raise ValueError("our own keys did not come back")
+        offers = {j: read_offer(context, j, identities[context.names[j]], raw) for j, raw in rows.items()}
+        keys = [key for offer in (own, *offers.values()) for key in (offer.sealing, offer.mask)]
+        if len(set(keys)) < len(keys):
+            raise ValueError("a key came twice")
+
+        shares, agreed = make_shares(context, us, drawn), agree(drawn, offers)
+        sealed = {j: seal(context, agreed[j], us, j, shares[j]) for j in offers}
+        channel.send(_step(SealedShares, context, table(near, sealed, SealedShares.width)))
+        if (data := _answer(channel, ShareList, context, timeout)) is None:
+            return Outcome(())
+        rows = {j: raw for j, raw in rows_of(near, data).items() if j != us}
+        if not rows.keys() <= offers.keys():
+            raise ValueError("shares of a client without keys")
+        dealt = {j: offers[j] for j in rows}
+        held = {j: unseal(context, agreed[j], j, us, raw) for j, raw in rows.items()} | {us: shares[us]}
+        _enough(context, held, "shares")
+
+        words = words + self_mask(context, us, drawn.self_seed, len(words))
+        words += pairwise_masks(context, us, mask_key(drawn.mask_seed), dealt, len(words))
+        channel.send(_step(MaskedInput, context, words))
+        if (flags := _answer(channel, Survivors, context, timeout)) is None:
+            return Outcome(())
+        survivors = _check_flags(context, us, flags, held)
+
+        signature = sign_survivors(context, us, me, flags)
+        channel.send(_step(SurvivorSignature, context, np.frombuffer(signature, np.uint8)))
+        if (data := _answer(channel, SignatureList, context, timeout)) is None:
+            return Outcome(())
+        signatures = _enough(context, rows_of(near, data) | {us: signature}, "signatures")
+        for j, raw in signatures.items():
+            check_survivors(context, j, identities[context.names[j]], flags, raw)
+
+    opened = {j: pair[32:] if flags[j] else pair[:32] for j, pair in held.items() if pair is not None}
+    channel.send(_step(Unmasking, context, table(near, opened, Unmasking.width)))
+    unopened = tuple(context.names[j] for j, pair in held.items() if pair is None)
+    return Outcome(tuple(context.names[j] for j in survivors), unopened)
+
+
+def _step(step: type[S], context: Context, data: Array) -> S:
+    return step(context.round, context.attempt, data)
+
+
+def _answer(channel: Channel, expected: type[Step], context: Context, timeout: float | None) -> Array | None:
+    """What the coordinator answers to our step; None when the attempt ends here for us."""
+    data = _receive(channel, expected, context, timeout)
+    return data if len(data) else None
+
+
+def _receive(channel: Channel, expected: type[Step], context: Context, timeout: float | None) -> Array:
+    """Raises ValueError: of another attempt."""
+    message = channel.receive(expected, timeout)
+    if (message.round, message.attempt) != (context.round, context.attempt):
+        raise ValueError(f"{expected.__name__} of another attempt")
+    return message.data
+
+
+def _enough(context: Context, rows: Mapping[int, T], what: str) -> dict[int, T]:
+    if len(rows) < context.quorum:
+        raise ValueError(f"{what} of {len(rows)} clients where {context.quorum} are needed")
+    return dict(rows)
+
+
+def _check_flags(context: Context, us: int, flags: Array, held: Mapping[int, object]) -> list[int]:
+    """The survivors' positions. Raises ValueError."""
+    if len(flags) != len(context.names):
+        raise ValueError("survivors of another number of clients")
+    survivors = [int(j) for j in np.flatnonzero(flags)]
+    if us not in survivors or len(survivors) < context.threshold:
+        raise ValueError(f"{len(survivors)} survivors: too few, or we are not among them")
+    if any(j in context.neighbourhood(us) and j not in held for j in survivors):
+        raise ValueError("a survivor that dealt no shares")
+    return survivors
+
+
+def aggregate(
+    channels: Mapping[str, Channel],
+    identities: Mapping[str, PublicIdentity],
+    context: Context,
+    size: int,
+    owed: Owed,
+    seconds: float = 60.0,
+) -> Aggregate:
+    """At the coordinator: the sum of the values (size,) of the clients that stay.
+
+    owed: what late clients of earlier attempts still owe; those of this one are entered. Nobody in it may take part.
+    seconds: the deadline of each of the five steps, for all clients together.
+
+    Reveals:
+        To us: the sum over the survivors, who they are, and which clients dropped out at which step.
+        To every client: the same without the sum.
+    Raises:
+        PeerLost: fewer than the threshold are left; the text names those that are missing. Nothing is opened.
+        ProtocolViolation: a client's shares do not open its masks.
+    """
+    n, near = len(context.names), [context.neighbourhood(client) for client in range(len(context.names))]
+    roll = _Roll(channels, context, owed, seconds)
+
+    def offered(client: int, data: Array) -> Offer:
+        offer = read_offer(context, client, identities[context.names[client]], data.tobytes())
+        refuse_weak(offer)
+        return offer
+
+    offers = roll.gather(KeyOffer, offered)
+    raw = {client: offer.raw for client, offer in offers.items()}
+    roll.tell(KeyList, lambda u: table(near[u], raw, KeyList.width))
+
+    def dealt(client: int, data: Array) -> dict[int, bytes]:
+        rows = rows_of(near[client], data)
+        if rows.keys() != {j for j in near[client] if j in offers and j != client}:  # else masks would not cancel
+            raise ValueError("shares for others than those whose keys it has")
+        return rows
+
+    sealed = roll.gather(SealedShares, dealt)
+    roll.tell(
+        ShareList,
+        lambda u: table(near[u], {j: sealed[j][u] for j in near[u] if u in sealed.get(j, ())}, ShareList.width),
+    )
+
+    def sized(client: int, data: Array) -> Array:
+        if len(data) != size:
+            raise ValueError(f"{len(data)} values where {size} are due")
+        return data
+
+    masked = roll.gather(MaskedInput, sized)
+    flags = np.array([client in masked for client in range(n)], np.uint8)
+    roll.tell(Survivors, lambda u: flags)
+
+    def signed(client: int, data: Array) -> bytes:
+        check_survivors(context, client, identities[context.names[client]], flags, data.tobytes())
+        return data.tobytes()
+
+    signatures = roll.gather(SurvivorSignature, signed)
+    roll.tell(SignatureList, lambda u: table(near[u], signatures, SignatureList.width))
+
+    replies = roll.gather(Unmasking, lambda client, data: rows_of(near[client], data))
+    total = open_sum(context, masked, {client: offers[client] for client in sealed}, replies)
+    return Aggregate(context.quantisation.restore(total), tuple(context.names[j] for j in sorted(masked)), roll.lost)
+
+
+def settle(channels: Mapping[str, Channel], owed: Owed) -> None:
+    """At the coordinator, before it chooses whom to ask: whose late message has come by now owes nothing any more.
+
+    Reveals:
+        To nobody anything; nothing is sent.
+    """
+    for name, late in list(owed.items()):
+        with suppress(PeerLost, PeerAborted, ProtocolViolation):
+            channels[name].receive(late, 0.0)
+            del owed[name]
+
+
+class _Roll:
+    """The clients that are still in the attempt, and why the others are not."""
+
+    def __init__(self, channels: Mapping[str, Channel], context: Context, owed: Owed, seconds: float) -> None:
+        if late := owed.keys() & set(context.names):
+            raise ValueError(f"{', '.join(sorted(late))} still owe a message; settle first, and leave them out")
+        self.lost: dict[str, ColonnadeError] = {}
+        self._live = {client: channels[name] for client, name in enumerate(context.names)}
+        self._context, self._owed, self._seconds = context, owed, seconds
+
+    def gather(self, expected: type[Step], check: Callable[[int, Array], T]) -> dict[int, T]:
+        """What `check(client, data)` makes of each client's message; who sends none in time, or a bad one, is out."""
+        deadline = time.monotonic() + self._seconds
+        found = {}
+        for client, channel in list(self._live.items()):
+            try:
+                with blame(channel.peer):
+                    data = _receive(channel, expected, self._context, max(0.0, deadline - time.monotonic()))
+                    found[client] = check(client, data)
+            except PeerLost as error:
+                self._drop(client, error, expected)
+                self._leave_out(channel, expected)
+            except PeerAborted as error:
+                self._drop(client, error)
+            except ProtocolViolation as error:
+                self._drop(client, error)
+                channel.abort(error.kind)
+        if len(found) < self._context.threshold:
+            self._stop(expected)
+        return found
+
+    def tell(self, step: type[Step], data: Callable[[int], Array]) -> None:
+        """One message to every client that is left."""
+        for client, channel in list(self._live.items()):
+            try:
+                channel.send(_step(step, self._context, data(client)), self._seconds)
+            except (PeerLost, PeerAborted) as error:
+                self._drop(client, error)
+
+    def _drop(self, client: int, error: ColonnadeError, owes: type[Step] | None = None) -> None:
+        name = self._context.names[client]
+        del self._live[client]
+        self.lost[name] = error
+        if owes is not None:
+            self._owed[name] = owes
+
+    def _leave_out(self, channel: Channel, step: type[Step]) -> None:
+        """Tell a client that will wait for the answer to `step` that there is none."""
+        if answer := _ANSWERS.get(step):
+            nothing = np.empty((0, answer.width) if answer.ndim == 2 else 0, np.uint8)
+            with suppress(PeerLost, PeerAborted):
+                channel.send(_step(answer, self._context, nothing), 0.0)
+
+    def _stop(self, step: type[Step]) -> NoReturn:
+        for channel in self._live.values():
+            self._leave_out(channel, step)
+        missing = ", ".join(f"{name} ({error.kind})" for name, error in self.lost.items())
+        context = self._context
+        raise PeerLost(
+            f"round {context.round}, attempt {context.attempt}: {len(self._live)} of {len(context.names)} clients are "
+            f"left at {step.__name__}, {context.threshold} are needed; missing: {missing}; nothing was opened"
+        )

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from vfl.encryption.choice import SLOT_BITS, measured, predict, strength
 from vfl.encryption.fixedpoint import restore
-from vfl.encryption.lattice import PLAIN_BITS, SEALED_BYTES, Columns, LatticeKey, LatticeWeigher, Layout
+from vfl.encryption.lattice import PLAIN_BITS, SEALED_BYTES, Columns, LatticeKey, LatticeWeigher, Layout, passes
 from vfl.encryption.paillier import generate
 from vfl.encryption.weigh import PaillierOpener, PaillierWeigher
 
@@ -107,22 +107,25 @@ def with_paillier(x: np.ndarray, r: np.ndarray, bits: int, measured_rows: int) -
 def with_lattice(x: np.ndarray, r: np.ndarray) -> list[Row]:
     residual_bits = min(30, PLAIN_BITS - 2 - FEATURE_BITS - len(x).bit_length())
     whole_x, whole_r = fixed(x, FEATURE_BITS), fixed(r, residual_bits)[:, np.newaxis]
-    layout = Layout.of(len(x), (x.shape[1],))
-    columns = Columns(whole_x, layout)
+    step = passes(len(x), x.shape[1], 1)[0]  # so many columns under one key
+    cuts = [whole_x[:, low : low + step] for low in range(0, x.shape[1], step)]
+    every = [Columns(cut, Layout.of(len(x), (cut.shape[1],))) for cut in cuts]
     one, two = (predict(measured(2048), len(x), (x.shape[1],), exchanges=n)["lattice"].seconds for n in (1, 2))
     rows = []
     for number, (name, predicted) in enumerate((("lattice, cold", one), ("lattice, cached", two - one))):
-        context = number.to_bytes(8, "little")
+        sums, size = [], 8 * x.shape[1]
         start = time.perf_counter()
-        key = LatticeKey(context, layout)
-        weigher = LatticeWeigher(columns, key.public(), context, 1 << residual_bits, exchanges=100)
-        for low in range(0, len(x), layout.block):
-            weigher.add(key.encrypt(whole_r[low : low + layout.block]))
-        masked = weigher.finish()
-        exact = weigher.open(key.open(masked, x.shape[1]))
+        for columns in every:
+            context = b"%d %d" % (number, len(sums))
+            key = LatticeKey(context, columns.layout)
+            weigher = LatticeWeigher(columns, key.public(), context, 1 << residual_bits, sums=100 * x.shape[1])
+            for low in range(0, len(x), columns.layout.block):
+                weigher.add(key.encrypt(whole_r[low : low + columns.layout.block]))
+            masked = weigher.finish()
+            sums.append(weigher.open(key.open(masked, columns.x.shape[1])))
+            size += columns.layout.sealed * SEALED_BYTES + masked.nbytes
         seconds = time.perf_counter() - start
-        check(restore(exact, FEATURE_BITS + residual_bits)[:, 0], x, r)
-        size = layout.sealed * SEALED_BYTES + masked.nbytes + 8 * x.shape[1]
+        check(restore(np.vstack(sums), FEATURE_BITS + residual_bits)[:, 0], x, r)
         rows.append(Row(name, strength("lattice", 0), *x.shape, len(x), seconds, size, predicted))
     return rows
 
@@ -203,7 +206,7 @@ def show(found: list[Row]) -> None:
             f"{row.rows:,}",
             str(row.columns),
             row.scheme,
-            row.strength,
+            row.strength.split(" (")[0],
             f"{row.seconds:,.3f}",
             "" if row.predicted_seconds is None else f"{row.predicted_seconds:,.3f}",
             f"{row.bytes / 1e6:,.2f}",

@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from parties.errors import LocalError, Refused
 from parties.files import read_bytes
+from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity, check_name
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -32,7 +33,7 @@ class Party(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     feature holder may bring (0: no more than rows)."""
 
     name: str
-    role: Literal["label holder", "feature holder"]
+    role: Literal["label holder", "feature holder", "coordinator", "client"]
     public_key: str
     endpoint: str = ""
     columns: Annotated[int, Meta(ge=0)] = 0
@@ -92,13 +93,18 @@ class Intersection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The model and every hyper-parameter. `C` as in scikit-learn: the inverse of the L2 penalty."""
+    """The model and every hyper-parameter. `C` (logistic) and `alpha` (linear, Poisson) as in scikit-learn, so is
+    `l1_ratio`. No residual, times its row's weight, may exceed `residual_range`: 1 is enough for classes without
+    weights."""
 
-    kind: Literal["logistic regression"] = "logistic regression"
+    kind: Literal["logistic regression", "linear regression", "poisson regression"] = "logistic regression"
     C: Positive = 1.0
+    alpha: Annotated[float, Meta(ge=0)] = 1.0
+    l1_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    residual_range: Annotated[float, Meta(ge=1, le=1 << 30)] = 1.0
     fit_intercept: bool = True
     standardise: bool = True
-    solver: Literal["subspace", "sgd"] = "subspace"
+    solver: Literal["subspace", "sgd", "proximal"] = "subspace"
     tolerance: Positive = 1e-6
     max_exchanges: Count = 100
     learning_rate: Positive = 0.1
@@ -133,6 +139,28 @@ class Deadlines(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     message: Positive = 3600.0
 
 
+class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Vertical: the parties hold columns of the same rows. Horizontal: rows with the same columns; with
+    `coordinator_trains` the coordinator has some too and is a client of its own."""
+
+    mode: Literal["vertical", "horizontal"] = "vertical"
+    coordinator_trains: bool = False
+
+
+class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What every client of a horizontal job brings: features in this order, the label, units where they matter."""
+
+    features: Annotated[tuple[FieldName, ...], Meta(min_length=1)]
+    label: FieldName
+    units: dict[FieldName, str] = {}
+
+    def __post_init__(self) -> None:
+        if len({*self.features, self.label}) <= len(self.features):
+            raise ValueError("a column comes twice; features and label must differ")
+        if unknown := sorted(self.units.keys() - {*self.features, self.label}):
+            raise ValueError(f"units name the column {unknown[0]!r}, which is neither feature nor label")
+
+
 class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All that the parties agree on before any data is read."""
 
@@ -140,11 +168,14 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     purpose: Annotated[str, Meta(min_length=1)]
     legal_basis: Annotated[str, Meta(min_length=1)]
     expires: date
-    parties: Annotated[tuple[Party, ...], Meta(min_length=2, max_length=16)]
+    parties: Annotated[tuple[Party, ...], Meta(min_length=2, max_length=50)]
+    job: Job = Job()
     identifiers: Identifiers = Identifiers()
     intersection: Intersection = Intersection()
     model: Model = Model()
     encryption: Encryption = Encryption()
+    horizontal: Horizontal | None = None
+    columns: Columns | None = None
     deadlines: Deadlines = Deadlines()
 
     def __post_init__(self) -> None:
@@ -154,14 +185,46 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         endpoints = [party.endpoint for party in self.parties if party.endpoint]
         if len(set(endpoints)) < len(endpoints):
             raise ValueError("two parties have the same endpoint; each needs its own")
-        if sum(party.role == "label holder" for party in self.parties) != 1:
-            raise ValueError("exactly one party is the label holder")
+        (self._check_horizontal if self.is_horizontal else self._check_vertical)()
+        if any(isinstance(x, float) and not math.isfinite(x) for x in flatten(self).values()):
+            raise ValueError("a number is not finite")
+
+    def _check_vertical(self) -> None:
+        self._check_roles("label holder", "feature holder", most=16)
+        if self.horizontal or self.columns or self.job.coordinator_trains:
+            raise ValueError('[horizontal], [columns] and coordinator_trains need mode = "horizontal" in [job]')
         if sum(not party.endpoint for party in self.parties) > 1:
             raise ValueError("two parties without an endpoint cannot reach each other; give one of them an endpoint")
         if len(self.identifiers.cascade) > 1 and self.intersection.result != "rows":
             raise ValueError('several keys need result = "rows": a step is over the rows that the last one left')
-        if any(isinstance(x, float) and not math.isfinite(x) for x in flatten(self).values()):
-            raise ValueError("a number is not finite")
+
+    def _check_horizontal(self) -> None:
+        self._check_roles("coordinator", "client", most=50)
+        plan = self.horizontal
+        if plan is None or self.columns is None:
+            raise ValueError("a horizontal job has the tables [horizontal] and [columns]")
+        if not self.ring[0].endpoint:
+            raise ValueError(f"the coordinator {self.ring[0].name} needs an endpoint: every client connects to it")
+        if len(self.clients) < 2:
+            raise ValueError("a horizontal job has two clients or more; with coordinator_trains the coordinator is one")
+        plan.check(len(self.clients))
+        alike = len({type(one) for one in plan.classes}) == 1
+        if plan.model == "logistic" and not (alike and list(plan.classes) == sorted({*plan.classes})):
+            raise ValueError("classes of [horizontal] must list the values of the label, all numbers or text, sorted")
+        if self.deadlines.message <= 6 * plan.clients.deadline:
+            raise ValueError("message of [deadlines] must be more than six times deadline of [horizontal.clients]")
+        usual = {"identifiers": Identifiers(), "intersection": Intersection(), "model": Model()}
+        for name, value in (usual | {"encryption": Encryption()}).items():
+            if getattr(self, name) != value:
+                raise ValueError(f"a horizontal job has no [{name}]; take it out, [horizontal] says it all")
+
+    def _check_roles(self, first: str, others: str, most: int) -> None:
+        if sum(party.role == first for party in self.parties) != 1:
+            raise ValueError(f"exactly one party is the {first}")
+        if odd := [party.name for party in self.parties if party.role not in (first, others)]:
+            raise ValueError(f"{odd[0]}: in a {self.job.mode} job a party is the {first} or a {others}")
+        if len(self.parties) > most:
+            raise ValueError(f"a {self.job.mode} job has at most {most} parties")
 
     @classmethod
     def load(cls, path: Path) -> Agreement:
@@ -178,13 +241,34 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         return hashlib.sha256(b"colonnade/agreement/1" + self.canonical).digest()
 
     @property
+    def is_horizontal(self) -> bool:
+        return self.job.mode == "horizontal"
+
+    @property
     def ring(self) -> tuple[Party, ...]:
-        """The label holder (the hub) first, then the feature holders in the agreement's order."""
-        return tuple(sorted(self.parties, key=lambda party: party.role != "label holder"))
+        """The label holder (the hub) or the coordinator first, then the others in the agreement's order."""
+        return tuple(sorted(self.parties, key=lambda party: party.role not in ("label holder", "coordinator")))
 
     @property
     def feature_holders(self) -> int:
         return len(self.parties) - 1
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Who trains in a horizontal job, in the agreement's order."""
+        trains = ("client", "coordinator") if self.job.coordinator_trains else ("client",)
+        return tuple(party.name for party in self.parties if party.role in trains)
+
+    @property
+    def quorum(self) -> int:
+        """So many clients a horizontal job needs to begin."""
+        plan = (self.horizontal or Horizontal()).clients
+        return plan.needed(plan.asked(len(self.clients)))
+
+    def peers(self, name: str) -> tuple[Party, ...]:
+        """Whom this party talks to, in the ring's order: everybody, or in a star of clients the coordinator alone."""
+        others = tuple(party for party in self.ring if party.name != name)
+        return others[:1] if self.is_horizontal and self.ring[0].name != name else others
 
     def party(self, name: str) -> Party:
         for party in self.parties:
@@ -193,7 +277,9 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         raise LocalError(f"the agreement has no party named {name!r}")
 
     def listens(self, name: str, peer: str) -> bool:
-        """Of two parties the earlier in the agreement that has an endpoint listens."""
+        """Of two parties the earlier in the agreement that has an endpoint listens; a coordinator always does."""
+        if self.is_horizontal:
+            return name == self.ring[0].name
         first = next(party for party in self.parties if party.endpoint and party.name in (name, peer))
         return first.name == name
 

@@ -1,8 +1,10 @@
-"""What a column's values mean, one chunk at a time: ids and labels as text, features as numbers. Knows no file."""
+"""What a column's values mean, one chunk at a time: ids, labels and categories as text, the rest as numbers. Knows no
+file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError
 
+Use = Literal["ids", "numbers", "categories", "labels"]  # what a table's column is declared as
 _MISSING = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _INFINITE = r"(?i)^[+-]?inf(inity)?$"
@@ -59,8 +62,8 @@ NUMBERS = ("whole number", "float", "decimal", "truth value")
 _TEXTUAL = ("text", "whole number", "truth value", "date", "timestamp", "timestamp with zone", "uuid", "nothing")
 
 
-def check_text(place: str, name: str, stored: pa.DataType, what: str) -> None:
-    """Raises LocalError when a column of this type cannot be ids (or labels, which may also be numbers)."""
+def check_text(place: str, name: str, stored: pa.DataType, what: Use) -> None:
+    """Raises LocalError when a column of this type cannot be ids or categories, or labels, which may also be floats."""
     word = kind(stored)
     if word == "float" and what == "ids":
         raise LocalError(f"{place}, column {name!r}: ids are stored as floats; store them as text")
@@ -117,7 +120,7 @@ def _uuid(storage: pa.Array) -> pa.Array:
 class Faults:
     """Counts, per feature and over all chunks, the values that no model can use."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         self._counts = {name: [0, 0, 0] for name in names}
 
     def numbers(self, name: str, column: pa.Array) -> pa.Array:
@@ -133,17 +136,19 @@ class Faults:
         counts[2] += int(np.isinf(array).sum())
         return plain
 
-    def check(self, place: str) -> None:
-        """Raises LocalError that lists every column with its counts."""
+    def check(self, place: str, gaps: Collection[str] = ()) -> None:
+        """Raises LocalError that lists every column with its counts; in those of `gaps` values may be missing."""
         words = ("missing", "not numbers", "infinite")
         found = [
             f"{name!r} {count} {word}"
             for name, counts in self._counts.items()
             for count, word in zip(counts, words, strict=True)
-            if count
+            if count and not (word == "missing" and name in gaps)
         ]
         if found:
-            raise LocalError(f"{place}: features with unusable values: {'; '.join(found)}; fill, encode or drop them")
+            raise LocalError(
+                f"{place}: features with unusable values: {'; '.join(found)}; fill, encode ([prepare]) or drop them"
+            )
 
 
 def _floats(column: pa.Array) -> tuple[pa.Array, int | None]:
@@ -195,6 +200,17 @@ def check_label(place: str, name: str, column: pa.ChunkedArray, positive: str) -
     if set(numbers) != {0.0, 1.0}:
         raise LocalError(f"{here}: the label is not 0 and 1; say which value is positive")
     return str(numbers[1.0])
+
+
+def words(column: pa.ChunkedArray) -> NDArray[np.object_]:
+    """The column's text, shape (rows,); within a chunk, equal words are one Python object."""
+    out, start = np.empty(len(column), dtype=object), 0
+    for chunk in column.chunks:
+        coded = chunk.dictionary_encode()
+        distinct = np.array(coded.dictionary.to_pylist(), dtype=object)
+        out[start : start + len(chunk)] = distinct[coded.indices.to_numpy()]
+        start += len(chunk)
+    return out
 
 
 def filled(out: NDArray[np.float64], column: pa.ChunkedArray) -> NDArray[np.float64]:

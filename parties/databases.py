@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from parties.columns import check_header
+from parties.columns import Use, check_header
 from parties.errors import LocalError
 
 if TYPE_CHECKING:
@@ -28,14 +28,13 @@ CONNECT_SECONDS = 10
 READ_SECONDS = 3600  # for a table to be read, waits for locks included
 
 
-def batches(source: Source, columns: Sequence[str], features: Sequence[str], label: str) -> Iterator[pa.RecordBatch]:
-    """The declared columns in chunks: text or a type that has one ISO form, features also as float64.
+def batches(source: Source, uses: Mapping[str, Use]) -> Iterator[pa.RecordBatch]:
+    """The declared columns in chunks: text or a type that has one ISO form, numbers also as float64.
 
     Raises:
         LocalError: no connection, no such table or column, or ids stored as something that has no one text.
     """
-    read = _read_sqlite if source.kind == "sqlite" else _read_postgresql
-    return read(source, columns, features, label)
+    return (_read_sqlite if source.kind == "sqlite" else _read_postgresql)(source, uses)
 
 
 def _quoted(name: str) -> str:
@@ -90,14 +89,14 @@ def _sqlite_header(source: Source, connection: sqlite3.Connection) -> list[str]:
     return [column[0] for column in found.description]
 
 
-def _read_sqlite(
-    source: Source, columns: Sequence[str], features: Sequence[str], label: str
-) -> Iterator[pa.RecordBatch]:
+def _read_sqlite(source: Source, uses: Mapping[str, Use]) -> Iterator[pa.RecordBatch]:
     with _sqlite(source) as connection:
         names = _sqlite_header(source, connection)
-        check_header(str(source), names, columns)
-        mixed = _sqlite_types(source, connection, columns, features, label)
-        fields = [(name, pa.float64() if name in features and not mixed[name] else pa.string()) for name in columns]
+        check_header(str(source), names, list(uses))
+        mixed = _sqlite_types(source, connection, uses)
+        fields = [
+            (name, pa.float64() if use == "numbers" and not mixed[name] else pa.string()) for name, use in uses.items()
+        ]
         expressions = [
             f"CAST({_quoted(name)} AS {'REAL' if pa.types.is_floating(type) else 'TEXT'})"
             if not mixed[name]
@@ -117,28 +116,23 @@ _MIXED = """CASE typeof(?) WHEN 'blob' THEN 'blob' WHEN 'real' THEN CASE WHEN ? 
 THEN CAST(CAST(? AS INTEGER) AS TEXT) ELSE printf('%!.17g', ?) END ELSE CAST(? AS TEXT) END"""
 
 
-def _sqlite_types(
-    source: Source, connection: sqlite3.Connection, columns: Sequence[str], features: Sequence[str], label: str
-) -> dict[str, bool]:
-    """Which columns mix types: features with text, a label with floats. Raises LocalError for ids with either."""
-    names = [_quoted(name) for name in columns]
+def _sqlite_types(source: Source, connection: sqlite3.Connection, uses: Mapping[str, Use]) -> dict[str, bool]:
+    """Which columns mix types: numbers with text, labels with floats. Raises LocalError for ids or categories with
+    floats, and for blobs that are to be text."""
     counts = [
         f"total(typeof({column}) IN ('text', 'blob')), 0"
-        if name in features
+        if use == "numbers"
         else f"total(typeof({column}) = 'real'), total(typeof({column}) = 'blob')"
-        for name, column in zip(columns, names, strict=True)
+        for column, use in zip(map(_quoted, uses), uses.values(), strict=True)
     ]
     found = connection.execute(f"SELECT {', '.join(counts)} FROM {_table(source)}").fetchone()  # noqa: S608
     mixed = {}
-    for at, name in enumerate(columns):
+    for at, (name, use) in enumerate(uses.items()):
         first, blobs = map(int, found[2 * at : 2 * at + 2])
-        floats = 0 if name in features or name == label else first
+        floats = 0 if use in ("numbers", "labels") else first
         if floats or blobs:
-            what = "labels" if name == label else "ids"
             wrong = (
-                f"{count} {what} are stored as {word}"
-                for count, word in ((floats, "floats"), (blobs, "blobs"))
-                if count
+                f"{count} {use} are stored as {word}" for count, word in ((floats, "floats"), (blobs, "blobs")) if count
             )
             raise LocalError(f"{source}, column {name!r}: {' and '.join(wrong)}; store them as text")
         mixed[name] = first > 0
@@ -213,19 +207,17 @@ def _postgresql_types(source: Source, cursor: Any) -> dict[str, tuple[str, str]]
     return found
 
 
-def _read_postgresql(
-    source: Source, columns: Sequence[str], features: Sequence[str], label: str
-) -> Iterator[pa.RecordBatch]:
+def _read_postgresql(source: Source, uses: Mapping[str, Use]) -> Iterator[pa.RecordBatch]:
     with _postgresql(source) as cursor:
         types = _postgresql_types(source, cursor)
-        check_header(str(source), list(types), columns)
+        check_header(str(source), list(types), list(uses))
         expressions = [
-            _number(_quoted(name), types[name][0]) if name in features else _text(source, name, types[name], label)
-            for name in columns
+            _number(_quoted(name), types[name][0]) if use == "numbers" else _text(source, name, types[name], use)
+            for name, use in uses.items()
         ]
         cursor.execute(_select(source, list(types), expressions))
         for batch in cursor.fetch_record_batch():
-            yield pa.RecordBatch.from_arrays(batch.columns, names=list(columns))
+            yield pa.RecordBatch.from_arrays(batch.columns, names=list(uses))
 
 
 def _number(column: str, type: str) -> str:
@@ -234,17 +226,17 @@ def _number(column: str, type: str) -> str:
     return f"{column}::int::float8" if type == "boolean" else f"{column}::text"
 
 
-def _text(source: Source, name: str, stored: tuple[str, str], label: str) -> str:
+def _text(source: Source, name: str, stored: tuple[str, str], use: Use) -> str:
     column, (type, category) = _quoted(name), stored
     if category in "SE" or type in ("uuid", *_WHOLE) or (type.startswith("numeric") and type.endswith(",0)")):
         return f"{column}::text"
-    if type == "boolean" or (name == label and type in _FLOATS):
+    if type == "boolean" or (use == "labels" and type in _FLOATS):
         return column
-    if name == label and type.startswith("numeric"):
+    if use == "labels" and type.startswith("numeric"):
         return f"{column}::float8"
     if type == "date" or type.startswith("timestamp"):  # "infinity" is no date
         return f"CASE WHEN isfinite({column}) THEN {column} END"
-    what, how = ("labels" if name == label else "ids"), ("floats" if type in _FLOATS else type)
+    how = "floats" if type in _FLOATS else type
     raise LocalError(
-        f"{source}, column {name!r}: {what} are stored as {how}; store them as text, or read a view that does"
+        f"{source}, column {name!r}: {use} are stored as {how}; store them as text, or read a view that does"
     )

@@ -70,14 +70,18 @@ def links(names: list[str], tamper: Tamper | None = None, window: int = 16) -> d
 
 
 def make_agreement(identities: Mapping[str, Identity], **tables: Any) -> Agreement:
-    """An agreement for parties in this process: the first is the label holder. `tables` are its fields, as in the file.
+    """An agreement for parties in this process: the first is the label holder, or with `horizontal` the coordinator.
+    `tables` are its fields, as in the file.
 
     For example `make_agreement(ids, model={"C": 10.0}, intersection={"minimum": 5})`.
     """
+    first, others = ("coordinator", "client") if "horizontal" in tables else ("label holder", "feature holder")
+    if "horizontal" in tables:
+        tables = {"job": {"mode": "horizontal"}} | tables
     parties = [
         Party(
             name=name,
-            role="feature holder" if number else "label holder",
+            role=others if number else first,  # type: ignore[arg-type]
             public_key=str(identity.public),
             endpoint=f"tcp://127.0.0.1:{7001 + number}",
         )
@@ -110,7 +114,7 @@ def outcomes(
     """
     identities = identities or {name: Identity.generate(name) for name in roles}
     agreement = agreement or make_agreement(identities)
-    mesh = links(list(roles), tamper)
+    mesh = links([party.name for party in agreement.parties], tamper)  # a party without a role does not come
     if recorded is not None:
         recorded.update(mesh)
     results: dict[str, Any] = {}

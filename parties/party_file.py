@@ -14,6 +14,7 @@ from parties.agreement import Agreement, Result, parse_json, parse_toml
 from parties.errors import LocalError, Refused
 from parties.files import read_bytes, write_whole
 from parties.identity import Identity, PublicIdentity
+from parties.preparation import Preparation
 from parties.tables import Source
 
 Count = Annotated[int, Meta(ge=0)]
@@ -34,14 +35,16 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which columns of which table take part. `label` and `positive` at the label holder only.
+    """Which columns of which table take part. `label` and `positive` at the label holder only. In a horizontal job the
+    agreement names the columns: `columns` says which of ours they are (agreed = ours) where the names differ, `units`
+    in what we measure them.
 
     `path` is a CSV or Parquet file, a folder of Parquet files, an SQLite file, or postgresql://user@host/database; the
     last two with `sql_table`. `id` is our column of the agreement's one field, or a table of field = column.
     """
 
-    path: str
-    id: str | dict[str, str]
+    path: str = ""
+    id: str | dict[str, str] = ""
     features: tuple[str, ...] = ()
     label: str = ""
     positive: str = ""
@@ -51,6 +54,8 @@ class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     empty: Literal["fail", "drop"] = "fail"
     duplicates: Literal["fail", "first", "last", "aggregate"] = "fail"
     aggregate: dict[str, Literal["sum", "mean", "max", "count"]] = {}
+    columns: dict[str, str] = {}
+    units: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         if (self.duplicates == "aggregate") != bool(self.aggregate):
@@ -66,6 +71,8 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What we refuse although the agreement would allow it, and what we keep for our own auditors.
 
     `escrow` is the public key file of our compliance team (NAME.pub): the keys of every intersection are sealed to it.
+    Of a horizontal job: `secure_aggregation` insists on it, `maximum_epsilon` on differential privacy (0: not),
+    `minimum_clients` on a quorum, `maximum_rounds` on no more rounds.
     """
 
     minimum_intersection: Count = 0
@@ -77,6 +84,10 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     most_revealed: Result = "rows"
     escrow: str = ""
     budget: Budget | None = None
+    secure_aggregation: bool = False
+    maximum_epsilon: Annotated[float, Meta(ge=0)] = 0.0
+    minimum_clients: Count = 0
+    maximum_rounds: Annotated[int, Meta(ge=1)] = 1_000_000
 
 
 class PartyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,10 +96,17 @@ class PartyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     agreement: str
     key: str
     output: str
-    table: TableChoice
+    table: TableChoice = TableChoice()
+    prepare: Preparation = Preparation()
     policy: Policy = Policy()
     listen: str = ""
     workers: Annotated[int, Meta(ge=0, le=1024)] | Annotated[str, Meta(pattern="^dask://.+")] = 0
+
+    def __post_init__(self) -> None:
+        gaps = [name for name, column in self.prepare.numbers.items() if column.missing != "refuse"]
+        if self.table.duplicates == "aggregate" and (self.prepare.categories or gaps):
+            odd = min([*self.prepare.categories, *gaps])
+            raise ValueError(f'duplicates = "aggregate" computes with numbers, none missing: see {odd!r} in [prepare]')
 
 
 class _Approval(msgspec.Struct, forbid_unknown_fields=True):
@@ -114,10 +132,49 @@ class Party:
                 f"fingerprint {self.identity.public.fingerprint}"
             )
         self.is_label_holder = self.agreement.party(self.name).role == "label holder"
+        self.trains = self.name in self.agreement.clients
+        if not self.file.table.path and (self.trains or not self.agreement.is_horizontal):
+            raise LocalError(f"{path}: [table] must say in path where our table is")
+        self.id_columns: dict[str, str] = {}
+        if self.agreement.is_horizontal:
+            self._check_horizontal()
+            return
+        if self.file.table.columns or self.file.table.units:
+            raise LocalError(f"{path}: columns and units in [table] are for horizontal jobs; name features")
         if self.file.table.label and not self.is_label_holder:
             raise LocalError(f"{path}: the label holder, and nobody else, names a label in [table]")
         self.id_columns = self._id_columns()
         self._check_policy()
+
+    def _check_horizontal(self) -> None:
+        """Our table and our policy against the agreement's columns and plan."""
+        policy, choice, agreed, plan = (
+            self.file.policy,
+            self.file.table,
+            self.agreement.columns,
+            self.agreement.horizontal,
+        )
+        if agreed is None or plan is None:
+            raise ValueError("a horizontal agreement has columns and a plan")
+        named = {*agreed.features, agreed.label}
+        if choice.features or choice.label:
+            raise LocalError(f"{self.path}: the agreement names features and label; say columns = {{ agreed = ours }}")
+        if unknown := sorted((choice.columns.keys() | choice.units.keys()) - named):
+            raise LocalError(f"{self.path}: [table] speaks of {unknown[0]!r}, which is no column of the agreement")
+        for name, unit in choice.units.items():
+            if name in agreed.units and unit != agreed.units[name]:
+                raise Refused(f"{self.path}: our {name!r} is in {unit!r}, the agreement's in {agreed.units[name]!r}")
+        if policy.secure_aggregation and not plan.secure:
+            raise Refused("our policy wants secure aggregation; the agreement does without")
+        epsilon = plan.privacy.epsilon if plan.privacy.level != "none" else None
+        if policy.maximum_epsilon and (epsilon is None or epsilon > policy.maximum_epsilon):
+            has = "no differential privacy" if epsilon is None else f"epsilon {epsilon:g}"
+            raise Refused(f"our policy wants an epsilon of at most {policy.maximum_epsilon:g}; the agreement has {has}")
+        if self.agreement.quorum < policy.minimum_clients:
+            has = f"a quorum of {self.agreement.quorum}"
+            raise Refused(f"our policy wants {policy.minimum_clients} clients in every sum; the agreement has {has}")
+        if plan.rounds > policy.maximum_rounds:
+            raise Refused(f"our policy allows {policy.maximum_rounds} rounds; the agreement has {plan.rounds}")
 
     def _check_policy(self) -> None:
         policy, agreement = self.file.policy, self.agreement
@@ -136,7 +193,7 @@ class Party:
         """Our column of every field of the agreement."""
         fields, chosen = sorted(self.agreement.identifiers.fields), self.file.table.id
         columns = dict.fromkeys(fields[:1], chosen) if isinstance(chosen, str) else chosen
-        if sorted(columns) != fields:
+        if sorted(columns) != fields or not all(columns.values()):
             form = '"our column"' if len(fields) == 1 else f"{{ {', '.join(f'{name!r} = ...' for name in fields)} }}"
             raise LocalError(f"{self.path}: [table] must name our column of each agreed field: id = {form}")
         return {field: columns[field] for field in self.agreement.identifiers.fields}

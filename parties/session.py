@@ -2,60 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from parties.agreement import Agreement, differences
+from parties.agreement import Agreement
 from parties.channel import Channel, Link, M
 from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused
 from parties.files import Scratch
+from parties.handshake import open_by_handshake
 from parties.identity import Identity
 from parties.ledger import Ledger
-from parties.message import PAYLOAD_LIMIT, Array, Message, kind
+from parties.message import PAYLOAD_LIMIT, Message, kind
 from parties.workers import Workers
 from parties.zeromq import Patience, Peer, Post
 
 _LOG = logging.getLogger("colonnade")
 TRAIN = "train"
 Progress = Callable[[str, int, int], None]
-
-
-@kind(2, "control")
-@dataclass(frozen=True, eq=False)
-class Hello(Message):
-    """Which agreement we are here for, that we approved it, what we want to do under it, and a fresh nonce."""
-
-    digest: bytes
-    approval: bytes
-    task: str
-    nonce: bytes
-
-    def __post_init__(self) -> None:
-        sizes = len(self.digest), len(self.approval), len(self.nonce)
-        if sizes != (32, 64, 32) or not re.fullmatch(r"[a-z0-9 ]{1,64}", self.task):
-            raise ValueError("Hello holds a digest, a signature, a task and a nonce")
-
-
-@kind(3, "control", "|u1", 1)
-@dataclass(frozen=True, eq=False)
-class AgreementText(Message):
-    """Our agreement's canonical bytes, in answer to a Hello with another digest."""
-
-    data: Array
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.data.size > 1 << 16:
-            raise ValueError("an agreement is at most 64 KiB")
 
 
 @kind(4, "control")
@@ -72,8 +40,9 @@ class Closing(Message):
 class Session:
     """An open session: who we are, the agreement, one channel per peer, what left us so far.
 
-    `channels` stand in the order of the agreement's ring (label holder first), without ourselves. `workers` and
-    `scratch` are this party's own cores and disk.
+    `channels` stand in the order of the agreement's ring (label holder or coordinator first), without ourselves and
+    without who is `missing`; in a star a client has one, to the coordinator. `approvals` are of all who take part.
+    `workers` and `scratch` are this party's own cores and disk.
     """
 
     me: Identity
@@ -88,6 +57,7 @@ class Session:
     seconds: dict[str, float] = field(default_factory=dict)
     workers: Workers = field(default_factory=Workers)
     scratch: Scratch = field(default_factory=Scratch)
+    missing: dict[str, ColonnadeError] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -131,76 +101,51 @@ class Session:
         self.progress(self.ledger.phase, done, total)
 
     def close(self) -> None:
-        """Compare transcripts with every peer and countersign them into the ledger."""
+        """Compare transcripts with every peer and countersign them into the ledger. A coordinator does without those
+        of clients that dropped out; the ledger says so."""
         transcripts = {name: channel.transcripts for name, channel in self.channels.items()}
         for name, (sent, received) in transcripts.items():
             theirs = self.agreement.party(name).identity.key_id
             statement = transcript_statement(self.id, self.me.public.key_id, theirs, sent, received)
-            signature = self.me.sign("transcript", statement)
-            self.channels[name].send(Closing(sent, received, signature))
+            with self._lenient(name):
+                self.channels[name].send(Closing(sent, received, self.me.sign("transcript", statement)))
         for name, (sent, received) in transcripts.items():
-            closing = self.channels[name].receive(Closing)
-            if (closing.sent, closing.received) != (received, sent):
-                raise ProtocolViolation(f"{name}: its record of this session differs from ours", peer=name)
-            identity = self.agreement.party(name).identity
-            statement = transcript_statement(self.id, self.me.public.key_id, identity.key_id, sent, received)
-            if not identity.signed("transcript", statement, closing.signature):
-                raise ProtocolViolation(f"{name}: its signature under the transcript is wrong", peer=name)
-            self.ledger.note(
-                "countersigned", peer=name, sent=sent.hex(), received=received.hex(), signature=closing.signature.hex()
-            )
+            if name in self.channels:
+                with self._lenient(name):
+                    self._countersign(name, sent, received)
+
+    def _countersign(self, name: str, sent: bytes, received: bytes) -> None:
+        closing = self.channels[name].receive(Closing)
+        if (closing.sent, closing.received) != (received, sent):
+            raise ProtocolViolation(f"{name}: its record of this session differs from ours", peer=name)
+        identity = self.agreement.party(name).identity
+        statement = transcript_statement(self.id, self.me.public.key_id, identity.key_id, sent, received)
+        if not identity.signed("transcript", statement, closing.signature):
+            raise ProtocolViolation(f"{name}: its signature under the transcript is wrong", peer=name)
+        self.ledger.note(
+            "countersigned", peer=name, sent=sent.hex(), received=received.hex(), signature=closing.signature.hex()
+        )
+
+    @contextmanager
+    def _lenient(self, name: str) -> Iterator[None]:
+        """A coordinator notes that a client does not countersign, and goes on; any other party stops."""
+        try:
+            yield
+        except (PeerLost, PeerAborted, ProtocolViolation) as error:
+            if not self.agreement.is_horizontal or self.name != self.agreement.ring[0].name:
+                raise
+            self.leave_out([name], _reason(error))
+
+    def leave_out(self, names: Iterable[str], reason: str = PeerLost.kind) -> None:
+        """At a coordinator: these clients dropped out, so nobody countersigns what we and they said."""
+        for name in [one for one in names if one in self.channels]:
+            self.ledger.note("not countersigned", peer=name, reason=reason)
+            self.channels.pop(name).abort(reason)
 
 
 def transcript_statement(session: bytes, ours: bytes, theirs: bytes, sent: bytes, received: bytes) -> bytes:
     """What both sides of a pair sign at the close, whoever computes it: the smaller key id comes first."""
     return session + (ours + theirs + sent + received if ours < theirs else theirs + ours + received + sent)
-
-
-def handshake(
-    me: Identity, agreement: Agreement, approval: bytes, task: str, channels: Mapping[str, Channel], nonce: bytes
-) -> tuple[bytes, dict[str, bytes]]:
-    """Agree on the agreement, the task and a session id; returns the id and everybody's approval.
-
-    Reveals:
-        To every peer: the agreement's digest and our approval; where digests differ, the agreement's text.
-    Raises:
-        Refused: a peer has another agreement (field by field), another task, or has not approved.
-    """
-    ours = Hello(agreement.digest, approval, task, nonce)
-    for channel in channels.values():
-        channel.send(ours)
-    try:
-        hellos = {me.name: ours} | {name: channel.receive(Hello) for name, channel in channels.items()}
-    except PeerLost as lost:  # one that did not come may have left because of another, who has told us why
-        aborts = (other.unread_abort() for other in channels.values())
-        raise next(filter(None, aborts), lost) from None
-    others = [name for name in channels if hellos[name].digest != agreement.digest]
-    for name in others:  # all tell before anybody stops, so that all learn what differs
-        channels[name].send(AgreementText(np.frombuffer(agreement.canonical, np.uint8)))
-    texts = {name: channels[name].receive(AgreementText).data.tobytes() for name in others}
-    if others:
-        raise Refused("; ".join(_difference(name, agreement, texts[name]) for name in others), peer=others[0])
-    for name in channels:
-        hello = hellos[name]
-        if not agreement.approved(name, hello.approval):
-            raise Refused(f"{name} has not approved this agreement: it must run 'colonnade sign' first", peer=name)
-        if hello.task != task:
-            raise Refused(f"{name} wants to {hello.task}, we want to {task}; start the same command", peer=name)
-    session = hashlib.sha256(b"colonnade/session/1" + agreement.digest + len(task).to_bytes(2, "big") + task.encode())
-    for party in agreement.parties:
-        session.update(party.identity.curve + party.identity.verify + hellos[party.name].nonce)
-    for channel in channels.values():
-        channel.session = session.digest()
-    return session.digest(), {name: hello.approval for name, hello in hellos.items()}
-
-
-def _difference(peer: str, agreement: Agreement, text: bytes) -> str:
-    try:
-        found = differences(agreement, text)
-    except ValueError as error:
-        raise ProtocolViolation(f"{peer}: {error}", peer=peer) from None
-    listed = "; ".join(f"{path}: ours {ours!r:.60}, theirs {theirs!r:.60}" for path, ours, theirs in found[:20])
-    return f"{peer} has another agreement ({len(found)} fields differ): {listed}"
 
 
 @contextmanager
@@ -232,17 +177,20 @@ def converse(
             ledger=ledger,
             timeout=agreement.deadlines.message,
         )
-        for party in agreement.ring
-        if party.name != me.name
+        for party in agreement.peers(me.name)
     }
     try:
         approval = agreement.approve(me) if approval is None else approval
         start = time.perf_counter()
-        session_id, approvals = handshake(
+        opened = open_by_handshake(
             me, agreement, approval, task, channels, secrets.token_bytes(32) if nonce is None else nonce
         )
-        ledger.note("opened", session=session_id.hex(), agreement=agreement.digest.hex(), party=me.name, task=task)
-        session = Session(me, agreement, session_id, channels, ledger, approvals, task, tick, progress)
+        ledger.note("opened", session=opened.id.hex(), agreement=agreement.digest.hex(), party=me.name, task=task)
+        for name, error in opened.missing.items():
+            ledger.note("missing", peer=name, reason=error.kind)
+            del channels[name]
+        session = Session(me, agreement, opened.id, channels, ledger, opened.approvals, task, tick, progress)
+        session.missing = opened.missing
         session.seconds["agree"] = time.perf_counter() - start
         yield session
         with session.phase("close"):
@@ -265,11 +213,11 @@ def _reason(error: BaseException) -> str:
 
 
 def allowed_classes(agreement: Agreement) -> frozenset[str]:
-    """What the agreement lets out: with one feature holder its partial embeddings go in clear, there is no one to hide
-    behind; with two or more nothing does."""
-    return frozenset(
-        ("control", "ciphertext", "masked", "aggregate", "plaintext")[: 5 if agreement.feature_holders == 1 else 4]
-    )
+    """What the agreement lets out. Plaintext: the partial embeddings of a single feature holder, as there is no one to
+    hide them behind; single updates where secure aggregation is off; else nothing."""
+    plan = agreement.horizontal
+    clear = agreement.feature_holders == 1 if plan is None else not plan.secure
+    return frozenset(("control", "ciphertext", "masked", "aggregate", *(("plaintext",) if clear else ())))
 
 
 @contextmanager
@@ -296,8 +244,7 @@ def open_session(
     agreement.check_expiry()
     peers = [
         Peer(party.name, party.identity, None if agreement.listens(me.name, party.name) else party.endpoint)
-        for party in agreement.ring
-        if party.name != me.name
+        for party in agreement.peers(me.name)
     ]
     deadlines = agreement.deadlines
     patience = Patience(connect=deadlines.connect, silence=deadlines.silence, stall=deadlines.stall)

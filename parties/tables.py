@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from parties import databases
-from parties.columns import NUMBERS, Faults, as_text, check_header, check_label, check_text, filled, kind
+from parties.columns import NUMBERS, Faults, Use, as_text, check_header, check_label, check_text, filled, kind, words
 from parties.errors import LocalError
 from parties.files import Scratch
 
@@ -98,13 +99,14 @@ def _check_address(address: str) -> None:
 class Table:
     """The declared columns in one row order, nothing of which is shown.
 
-    ids: column -> text exactly as written, "" where empty. features: column -> float64, finite, shape (rows,).
-    label: 0.0 or 1.0, shape (rows,), or None.
+    ids: column -> text exactly as written, "" where empty. features: column -> shape (rows,): float64, finite, or NaN
+    where a gap is allowed; of a category Python strings (dtype object), "" where empty. label: 0.0 or 1.0, shape
+    (rows,), or None.
     """
 
     source: str
     ids: dict[str, pa.ChunkedArray] = field(repr=False)
-    features: dict[str, NDArray[np.float64]] = field(repr=False)
+    features: dict[str, NDArray[Any]] = field(repr=False)
     label: NDArray[np.float64] | None = field(repr=False)
     rows: int
 
@@ -119,37 +121,42 @@ def read_table(
     label: str = "",
     positive: str = "",
     *,
+    categories: Collection[str] = (),
+    gaps: Collection[str] = (),
     scratch: Scratch | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Table:
     """Read ids, features and (label holder only) the label; `positive` is the label's value that counts as 1.
 
-    What is large goes to `scratch`; `progress` hears how many rows have been read so far.
+    Features are numbers, but those of `categories` text; numbers in those of `gaps` may be missing. What is large goes
+    to `scratch`; `progress` hears how many rows have been read so far.
 
     Raises:
         LocalError: the table is missing, empty, unreadable, not UTF-8 or changed meanwhile; a column is missing, not
-            numeric, has gaps or infinities, or is an id column of floats; the label is not two-valued; the disk is
-            full.
+            numeric, has gaps or infinities, or is one of ids or categories stored as floats; the label is not
+            two-valued; the disk is full.
     """
     columns = [*ids, *features, *([label] if label else [])]
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
         raise LocalError(f"column {twice[0]!r} is declared more than once; ids, features and label must differ")
-    place, scratch, faults = str(source), scratch or Scratch(), Faults(features)
-    texts = [*ids, *([label] if label else [])]
-    schema = pa.schema([(name, pa.float64() if name in features else pa.string()) for name in columns])
+    uses: dict[str, Use] = dict.fromkeys(ids, "ids")
+    uses |= {name: "categories" if name in categories else "numbers" for name in features}
+    uses |= {label: "labels"} if label else {}
+    place, scratch = str(source), scratch or Scratch()
+    faults = Faults(name for name, use in uses.items() if use == "numbers")
+    schema = pa.schema([(name, pa.float64() if use == "numbers" else pa.string()) for name, use in uses.items()])
 
     def converted() -> Iterator[pa.RecordBatch]:
         done = 0
-        for batch in _batches(source, columns, features, label):
-            for name in texts:
-                check_text(place, name, batch.schema.field(name).type, "labels" if name == label else "ids")
-            arrays = [
-                faults.numbers(name, batch.column(name))
-                if name in features
-                else as_text(place, name, batch.column(name))
-                for name in columns
-            ]
+        for batch in _batches(source, uses):
+            arrays = []
+            for name, use in uses.items():
+                if use == "numbers":
+                    arrays.append(faults.numbers(name, batch.column(name)))
+                else:
+                    check_text(place, name, batch.schema.field(name).type, use)
+                    arrays.append(as_text(place, name, batch.column(name)))
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
             done += len(batch)
             if progress:
@@ -160,25 +167,28 @@ def read_table(
     pa.default_memory_pool().release_unused()
     if not table.num_rows:
         raise LocalError(f"{place} has no rows")
-    faults.check(place)
+    faults.check(place, gaps)
     truth = None
     if label:
         one = check_label(place, label, table.column(label), positive)
         truth = filled(scratch.array(table.num_rows, np.float64), pc.equal(table.column(label), one))
-    numbers = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for name in features:  # each column leaves the table when it is an array, so that memory holds one twice, not all
-        numbers[name] = filled(scratch.array(table.num_rows, np.float64), table.column(name))
-        scratch.release(numbers[name])
+        if uses[name] == "categories":
+            arrays[name] = words(table.column(name))
+        else:
+            arrays[name] = filled(scratch.array(table.num_rows, np.float64), table.column(name))
+            scratch.release(arrays[name])
         scratch.release(table.column(name))
         table = table.drop_columns([name])
         pa.default_memory_pool().release_unused()
-    return Table(source.name, {name: table.column(name) for name in ids}, numbers, truth, table.num_rows)
+    return Table(source.name, {name: table.column(name) for name in ids}, arrays, truth, table.num_rows)
 
 
-def _batches(source: Source, columns: list[str], features: Sequence[str], label: str) -> Iterator[pa.RecordBatch]:
+def _batches(source: Source, uses: Mapping[str, Use]) -> Iterator[pa.RecordBatch]:
     if source.kind in ("sqlite", "postgresql"):
-        return databases.batches(source, columns, features, label)
-    return (_parquet if source.kind == "parquet" else _csv)(source, columns, features)
+        return databases.batches(source, uses)
+    return _parquet(source, uses) if source.kind == "parquet" else _csv(source, list(uses))
 
 
 def _files(source: Source) -> list[Path]:
@@ -251,7 +261,7 @@ def _csv_header(path: Path, source: Source) -> list[str]:
         return next((row for row in csv.reader(file, delimiter=source.separator) if row), [])
 
 
-def _csv(source: Source, columns: list[str], _features: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _csv(source: Source, columns: list[str]) -> Iterator[pa.RecordBatch]:
     """Every declared column as text: an id may well be "NA" or "007"."""
     path = _files(source)[0]
     check_header(str(source), _csv_header(path, source), columns)
@@ -279,17 +289,17 @@ def _parquet_schema(path: Path) -> pa.Schema:
         return pq.read_schema(path)
 
 
-def _parquet(source: Source, columns: list[str], features: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _parquet(source: Source, uses: Mapping[str, Use]) -> Iterator[pa.RecordBatch]:
     """The files of a folder one after the other, checked first to store each column in the same way."""
     files = _files(source)
     schemas = [_parquet_schema(file) for file in files]
     for file, schema in zip(files, schemas, strict=True):
-        check_header(str(file), schema.names, columns)
-    for name in columns:
+        check_header(str(file), schema.names, list(uses))
+    for name, use in uses.items():
         stored = [(file.name, schema.field(name).type) for file, schema in zip(files, schemas, strict=True)]
         known = [one for one in stored if kind(one[1]) != "nothing"]
-        words = [_word(stored, name in features) for _, stored in known]
-        other = next((one for one, word in zip(known, words, strict=True) if word != words[0]), None)
+        kinds = [_word(stored, use) for _, stored in known]
+        other = next((one for one, word in zip(known, kinds, strict=True) if word != kinds[0]), None)
         if other:
             raise LocalError(
                 f"{source}, column {name!r}: stored as {known[0][1]} in {known[0][0]} and as {other[1]} in {other[0]}; "
@@ -297,9 +307,9 @@ def _parquet(source: Source, columns: list[str], features: Sequence[str]) -> Ite
             )
     for file in files:
         with _readable_parquet(file), pq.ParquetFile(file, buffer_size=1 << 20) as opened:
-            for batch in opened.iter_batches(ROWS, columns=columns):
-                yield batch.select(columns)
+            for batch in opened.iter_batches(ROWS, columns=list(uses)):
+                yield batch.select(list(uses))
 
 
-def _word(stored: pa.DataType, feature: bool) -> str:
-    return "number" if feature and kind(stored) in NUMBERS else kind(stored)
+def _word(stored: pa.DataType, use: Use) -> str:
+    return "number" if use == "numbers" and kind(stored) in NUMBERS else kind(stored)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,10 +48,12 @@ def prepare(
     source: Source | None = None,
     features: Sequence[str] = (),
     label: str = "",
+    categories: Collection[str] = (),
+    gaps: Collection[str] = (),
     look: Callable[[Table], None] = lambda table: None,
 ) -> Prepared:
-    """Read and check our table: its id columns, and of the others those that are named. `look` sees what was read
-    before its ids are judged.
+    """Read and check our table: its id columns, and of the others those that are named; `categories` and `gaps` as
+    `read_table` takes them. `look` sees what was read before its ids are judged.
 
     Raises:
         LocalError: names file, column and count. Refused: our budget for a peer is used up.
@@ -64,6 +66,8 @@ def prepare(
         features,
         label=label,
         positive=choice.positive,
+        categories=categories,
+        gaps=gaps,
         scratch=Scratch(party.output if party.output.is_dir() else None),
     )
     look(table)

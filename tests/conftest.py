@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: many parties share few cores
+
 import hashlib
 from collections.abc import Mapping
 from typing import Any

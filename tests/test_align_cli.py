@@ -228,7 +228,7 @@ def test_repeated_rows_are_aggregated_as_our_file_says(tmp_path: Path) -> None:
     own = paths["shop"]
     altered(own, ("[table]", '[table]\nduplicates = "aggregate"\n'
                   'aggregate = { spend = "sum", age = "mean", top = "max", visits = "count" }'))  # fmt: skip
-    prepared = job.prepare(Party(own), train=False)
+    prepared = job.prepare(Party(own))
     plain = table.assign(id=table["id"].map(key)).groupby("id", sort=False).agg(
         {"spend": "sum", "age": "mean", "top": "max", "visits": "count"}
     )  # fmt: skip

@@ -88,12 +88,12 @@ def test_predict_scores_new_rows_at_the_label_holder_only(finished):
     assert scores["score"].between(0, 1).all()
     assert not list((folder / "out" / "grocer").glob("*scores*"))
     shares = {name: json.loads((folder / "out" / name / "model.json").read_text()) for name in tables}
-    total = shares["bank"]["intercept"]
+    total = shares["bank"]["intercept"][0]
     for name, share in shares.items():
         table = (
             new[name].assign(id=new[name]["id"].map(key)).set_index("id").loc[scores["id"].map(key), share["features"]]
         )
-        total = total + ((table - share["scaler"]["mean"]) / share["scaler"]["scale"]) @ share["coef"]
+        total = total + ((table - share["prepared"]["mean"]) / share["prepared"]["scale"]) @ share["coef"][0]
     assert np.abs(1 / (1 + np.exp(-total.to_numpy())) - scores["score"]).max() < 1e-9
 
 
@@ -385,7 +385,7 @@ def test_a_later_run_sets_the_earlier_ones_files_aside(tmp_path):
         now, earlier = tmp_path / "out" / name, tmp_path / "out" / name / "earlier" / "1"
         assert colonnade("verify", now / "psi_report.json")[0] == 0
         assert colonnade("verify", earlier / "psi_report.json")[0] == 0
-        assert (earlier / "model.json").exists()
+        assert (earlier / "model.json").exists() and (earlier / "report.html").exists() == (name == "bank")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

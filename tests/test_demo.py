@@ -31,6 +31,7 @@ def test_the_demo_reaches_the_centralised_model(tmp_path):
         assert "PartialEmbedding" not in sent  # two feature holders: never in clear
         files = {path.name for path in (tmp_path / name).iterdir()}
         assert {"model.json", "ledger.jsonl", "psi_report.json", "log.txt"} <= files
+        assert ("report.html" in files) == (name == "clinic")
     assert "AUC, joint model" in done.stdout and "3072 bit" in done.stdout
 
 

@@ -16,7 +16,7 @@ from parties.errors import ColonnadeError, PeerAborted, ProtocolViolation
 from parties.memory import Tamper, outcomes
 from parties.message import parse_header
 from parties.session import Closing, Session
-from tests.training import agreed, altering, fit, kinds, sent, table, with_data, with_fields
+from tests.training import agreed, altering, fit, kinds, planned, sent, table, with_data, with_fields
 from vfl.encryption import paillier
 from vfl.encryption.paillier import ROOTS, SecretKey, generate
 from vfl.encryption.scheme import from_wire, to_wire
@@ -272,7 +272,7 @@ def refused_key(offer: Callable[[Session], Any], **options: Any) -> str:
     parts, y = table(2, 60)
 
     def label_holder(session: Session) -> None:
-        VerticalLogisticRegression()._agree(session, "fit", parts["bank"].to_numpy())
+        planned(session, parts["bank"])
         offer(session)
         session.channels["grocer"].receive(SealedGradient)
 

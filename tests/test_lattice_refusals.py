@@ -91,7 +91,7 @@ NOTICED = r"more noise than an honest one|no residues"
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, SEALED_BYTES - 1), st.integers(0, 7), st.booleans())
 def test_a_flipped_bit_in_what_is_sealed_is_seen_in_the_noise(byte, bit, zero):
-    """Ciphertexts are transforms: one residue moves every coefficient. 8 sums: missed once in 2^32."""
+    """Ciphertexts are transforms: one residue moves every coefficient. 8 sums: missed once in 10^8."""
     exchange = HONEST
     sealed, public = exchange.sealed, exchange.public
     try:
@@ -121,7 +121,7 @@ def test_a_flipped_bit_in_what_hides_a_reply_is_noticed_at_one_end_or_the_other(
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, REPLY_PRIMES - 1), st.integers(0, 1000), st.integers(0, 23))
 def test_a_flipped_bit_in_a_sum_is_noticed_at_one_end_or_the_other(prime, place, bit):
-    """15 of 16 by the label holder's limit, the others by the range of sums; where no sum is, nothing changes."""
+    """9 of 10 by the label holder's limit, the others by the range of sums; where no sum is, nothing changes."""
     products = HONEST.layout.products
     byte = ring.PRIME_BYTES * (prime * (DEGREE + products) + DEGREE + place % products) + bit // 8
     weigher = HONEST.weighed()

@@ -112,6 +112,50 @@ def test_only_the_declared_columns_are_read_in_the_declared_order(tmp_path: Path
     assert repr(found) == "Table(source='clients.csv', rows=2)"
 
 
+CATEGORIES: dict[str, tuple[Any, list[str]]] = {
+    "CSV": ("id,x,c\na,1,NA\nb,2,\nc,3, red \n", ["NA", "", " red "]),
+    "dictionary": ({"id": list("abc"), "x": [1, 2, 3], "c": pd.Categorical(["b", None, "r"])}, ["b", "", "r"]),
+    "whole numbers": ({"id": list("abc"), "x": [1, 2, 3], "c": pa.array([7, None, 2**60])}, ["7", "", str(2**60)]),
+    "truth values": ({"id": list("abc"), "x": [1, 2, 3], "c": [True, None, False]}, ["True", "", "False"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "expected"), CATEGORIES.values(), ids=CATEGORIES)
+def test_categories_are_text_as_written_among_the_features(content: Any, expected: list[str], tmp_path: Path) -> None:
+    found = table(tmp_path, content, features=["c", "x"], categories=["c"])
+    assert list(found.features) == ["c", "x"] and found.features["x"].dtype == np.float64
+    assert found.features["c"].dtype == object and found.features["c"].tolist() == expected
+
+
+def test_equal_categories_share_memory(tmp_path: Path) -> None:
+    content = {"id": list(map(str, range(1000))), "c": ["red", "blue"] * 500}
+    found = table(tmp_path, content, features=["c"], categories=["c"])
+    assert found.features["c"].tolist() == content["c"]
+    assert len({id(word) for word in found.features["c"]}) == 2
+
+
+def test_categories_of_several_chunks(small_chunks: None, tmp_path: Path) -> None:
+    content = {"id": list(map(str, range(20))), "c": ["red", "", "blue", "red"] * 5}
+    assert table(tmp_path, content, features=["c"], categories=["c"]).features["c"].tolist() == content["c"]
+
+
+def test_numbers_may_be_missing_where_that_is_said(tmp_path: Path) -> None:
+    content = "id,x,z\na,,1\nb,NA,2\nc,3,4\n"
+    found = table(tmp_path, content, features=["x", "z"], gaps=["x"])
+    np.testing.assert_array_equal(found.features["x"], [np.nan, np.nan, 3.0])
+    stored = {"id": ["a", "b"], "x": pa.array([None, 2], pa.int64())}
+    np.testing.assert_array_equal(table(tmp_path, stored, gaps=["x"]).features["x"], [np.nan, 2.0])
+    said = complaint(lambda: table(tmp_path, content.replace("NA", "hush"), features=["x", "z"], gaps=["x"]))
+    assert "unusable values: 'x' 1 not numbers;" in said
+    assert "'x' 2 missing" in complaint(lambda: table(tmp_path, content, features=["x", "z"], gaps=["z"]))
+
+
+def test_categories_stored_as_floats_are_refused(tmp_path: Path) -> None:
+    stored = {"id": ["a", "b"], "x": [1.5, 2.0]}
+    said = complaint(lambda: table(tmp_path, stored, categories=["x"]))
+    assert "column 'x': categories are stored as double; store them as text" in said
+
+
 @pytest.mark.parametrize(
     ("content", "options"),
     [
@@ -543,6 +587,15 @@ def test_sqlite_numbers_beside_text_keep_all_their_digits(tmp_path: Path) -> Non
     assert read_table(source, ["id"], ["x"]).features["x"].tolist() == [0.1 + 0.2, 3.0, 2.0**53 - 1, 1e300]
 
 
+def test_sqlite_categories_and_gaps(small_chunks: None, tmp_path: Path) -> None:
+    source = database(tmp_path, "id, x, c", [("a", None, "red"), ("b", 2.5, None), ("c", 3, 7)])
+    found = read_table(source, ["id"], ["x", "c"], categories=["c"], gaps=["x"])
+    np.testing.assert_array_equal(found.features["x"], [np.nan, 2.5, 3.0])
+    assert found.features["c"].tolist() == ["red", "", "7"]
+    said = complaint(lambda: read_table(source, ["id"], ["x"], categories=["x"]))
+    assert "column 'x': 1 categories are stored as floats; store them as text" in said
+
+
 SQLITE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "no such table": ({"sql_table": 'clients" --'}, ["id"], "has no table or view 'clients\" --'"),
     "no such schema": ({"sql_table": "other.clients"}, ["id"], "has no table or view 'other.clients'"),
@@ -682,6 +735,21 @@ def test_postgresql_numbers_labels_and_order(schema: str) -> None:
     assert found.label is not None and np.array_equal(found.label, n % 2)
     found = read_table(Source(ADDRESS, sql_table=f"{schema}.odd"), ["id"], ["n"], "b", "False")
     assert found.label is not None and (len(found), found.label.sum()) == (50, 25.0)
+
+
+@needs_server
+def test_postgresql_categories_and_gaps(schema: str) -> None:
+    name = f'"{schema}".clients'
+    execute(
+        f"CREATE TABLE {name} (id text, x float8, c text, n int)",
+        f"INSERT INTO {name} VALUES ('a', NULL, 'red', 7), ('b', 2.5, NULL, NULL)",
+    )
+    source = Source(ADDRESS, sql_table=f"{schema}.clients", order_by="id")
+    found = read_table(source, ["id"], ["x", "c", "n"], categories=["c", "n"], gaps=["x"])
+    np.testing.assert_array_equal(found.features["x"], [np.nan, 2.5])
+    assert {column: found.features[column].tolist() for column in "cn"} == {"c": ["red", ""], "n": ["7", ""]}
+    said = complaint(lambda: read_table(source, ["id"], ["x"], categories=["x"]))
+    assert "column 'x': categories are stored as floats; store them as text, or read a view that does" in said
 
 
 @needs_server

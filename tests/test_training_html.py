@@ -18,8 +18,9 @@ from pypdf import PdfReader
 
 from psi.html import _csp_hash
 from vfl.evaluation import Evaluation, compare
-from vfl.html import Axis, render
+from vfl.html import render
 from vfl.metrics import FIGURES
+from vfl.pages import Axis
 
 RNG = np.random.default_rng(3)
 Y = (RNG.random(1000) < 0.3).astype(float)

@@ -19,6 +19,8 @@ from parties.message import Message, decode, encode, name_of, parse_header
 from parties.session import Session
 from vfl.encryption.paillier import SecretKey
 from vfl.linear import VerticalLogisticRegression
+from vfl.messages import Plan
+from vfl.training import agree
 
 NAMES = ("bank", "grocer", "mobile", "clinic")
 WIDTHS = (2, 3, 4, 3)
@@ -100,6 +102,13 @@ def fit(
         old = options["agreement"]
         options["agreement"] = msgspec.structs.replace(old, model=msgspec.structs.replace(old.model, **policy))
     return outcomes({name: role(name) for name in names} | dict(roles or {}), **options)
+
+
+def planned(session: Session, x: pd.DataFrame, **params: Any) -> dict[str, Plan]:
+    """As the label holder, agree to `fit`; everybody's plan."""
+    model = VerticalLogisticRegression(**params)
+    purpose = "fit VerticalLogisticRegression"
+    return agree(session, purpose, model._plain_params(), x.to_numpy(), outputs=1)
 
 
 def kinds(recorded: Recorded, sender: str, receiver: str) -> list[str]:

@@ -32,9 +32,11 @@ from psi.job import House, Prepared, prepare
 from psi.report import Check
 from psi.selftest import rehearse
 from vfl.console import Watcher, err, frames, logging_to, out
+from vfl.horizontal import commands as horizontal
 
 if TYPE_CHECKING:
     from vfl.estimate import Estimate
+    from vfl.job import Prepared as PreparedColumns
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,21 +87,25 @@ def keygen(
 def init(
     name: Annotated[str, typer.Option(help="Our name; our own file becomes NAME.toml.")] = "bank",
     label_holder: Annotated[bool, typer.Option(help="Whether we hold the label.")] = True,
+    horizontal_mode: Annotated[bool, typer.Option("--horizontal", help="The same columns, different rows.")] = False,
     folder: Annotated[Path, typer.Option(help="Where the files go.")] = Path(),
 ) -> None:
     """Write a commented agreement.toml (to agree on with the others) and NAME.toml (ours) to fill in."""
     check_name(name)
     make_folder(folder)
     label = 'label = "defaulted"\npositive = "1"                       # the value of the label that counts as 1'
-    own = _template("party.toml").replace("NAME", name).replace("LABEL", label if label_holder else "# no label: ours")
+    prefix = "horizontal_" if horizontal_mode else ""
+    own = _template(f"{prefix}party.toml").replace("NAME", name)
+    own = own.replace("LABEL", label if label_holder else "# no label: ours")
     common, party = folder / "agreement.toml", folder / f"{name}.toml"
     if party.exists():
         raise LocalError(f"{party} exists; move it away first, nothing is overwritten")
     if common.exists():
         out.print(f"kept {common}, as it is", soft_wrap=True)
     else:
-        stands_for = "bank" if label_holder else "grocer"
-        write_whole(common, _template("agreement.toml").replace(f'name = "{stands_for}"', f'name = "{name}"').encode())
+        stands_for = "north" if horizontal_mode else "bank" if label_holder else "grocer"
+        agreed = _template(f"{prefix}agreement.toml").replace(f'name = "{stands_for}"', f'name = "{name}"')
+        write_whole(common, agreed.encode())
         out.print(f"wrote {common}", soft_wrap=True)
     write_whole(party, own.encode())
     out.print(f"wrote {party}", soft_wrap=True)
@@ -115,14 +121,18 @@ def check(path: PartyPath) -> None:
     """Look over our ids, read our table, and show what a run would do and cost. Talks to nobody, sends nothing."""
     party = Party(path)
     party.agreement.check_expiry()
+    if party.agreement.is_horizontal:
+        horizontal.check(party)
+        return
     agreement, trains = party.agreement, bool(party.file.table.features)
-    house, cost = House(party), None
+    house, ours, cost = House(party), None, None
     if trains:
         from vfl import job as model_job
         from vfl.estimate import estimate
 
-        prepared: Prepared = model_job.prepare(party, look=lambda table: _hygiene(party, table))
-        cost = estimate(agreement, len(prepared.ids), len(party.file.table.features))
+        ours = model_job.prepare(party, look=lambda table: _hygiene(party, table))
+        prepared: Prepared = ours
+        cost = estimate(agreement, len(ours.ids), len(ours.fitted.names))
     else:
         prepared = prepare(party, look=lambda table: _hygiene(party, table))
     counts, table = prepared.ids.counts, Table(title=f"{agreement.title}: {party.name}", show_header=False)
@@ -142,8 +152,8 @@ def check(path: PartyPath) -> None:
         )
         table.add_row("key" if len(agreement.identifiers.cascade) == 1 else f"key {number}", named)
     table.add_row("reveals", f"{agreement.intersection.result}; nothing below {agreement.intersection.minimum:,} rows")
-    if trains and cost is not None:
-        _model_rows(party, prepared, cost, table)
+    if ours is not None and cost is not None:
+        _model_rows(party, ours, cost, table)
     for use in house.check_budget(prepared.ids):
         table.add_row(f"budget, {use.peer}", f"{use.runs} runs, {use.distinct_ids:,} distinct ids with this one")
     try:
@@ -183,14 +193,15 @@ def _hygiene(party: Party, table: DataTable) -> None:
         out.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _model_rows(party: Party, prepared: Prepared, cost: Estimate, table: Table) -> None:
-    from vfl import job as model_job
+def _model_rows(party: Party, prepared: PreparedColumns, cost: Estimate, table: Table) -> None:
     from vfl import report
     from vfl.encryption.choice import strength
 
     choice, model, encryption = party.file.table, party.agreement.model, party.agreement.encryption
     table.add_row("columns", f"{len(choice.features)}: {', '.join(choice.features)}")
-    if isinstance(prepared, model_job.Prepared) and prepared.label is not None:
+    if prepared.fitted.names != list(choice.features):
+        table.add_row("  prepared", f"{len(prepared.fitted.names)}: {', '.join(prepared.fitted.names)}")
+    if prepared.label is not None:
         table.add_row("label", f"{choice.label!r}, {prepared.label.mean():.1%} positive")
     table.add_row("model", f"{model.kind}, C = {model.C}, {model.solver}, at most {model.max_exchanges} exchanges")
     why = "; auto: it costs less here than the other" if encryption.scheme == "auto" else ""
@@ -210,6 +221,9 @@ def _model_rows(party: Party, prepared: Prepared, cost: Estimate, table: Table) 
 def sign(path: PartyPath) -> None:
     """Approve the agreement as it stands: sign its digest. A run starts only when every party has."""
     party = Party(path)
+    if party.agreement.is_horizontal:
+        horizontal.sign(party)
+        return
     rules_of(party.agreement.identifiers)
     written = party.sign()
     agreement = party.agreement
@@ -238,7 +252,7 @@ def selftest(
     events: Events = False,
 ) -> None:
     """Rehearse with the real agreement and the real peers, on ids with a known overlap; every party runs this."""
-    party = Party(path)
+    party = _vertical(path)
     source = None if input_file is None else _source(party, input_file)
     with occupied(party.output), logging_to(party.output / "log.txt") as (log, _), Watcher(events) as watcher:
         _waiting(party, events)
@@ -251,7 +265,7 @@ def selftest(
 @app.command()
 def align(path: PartyPath, events: Events = False) -> None:
     """Wait for the others (with a deadline), then find the common rows, and no more: no model."""
-    party = Party(path)
+    party = _vertical(path)
     with occupied(party.output), logging_to(party.output / "log.txt") as (log, _), Watcher(events) as watcher:
         log.info("align of %s under agreement %s", party.name, party.agreement.digest.hex())
         _waiting(party, events)
@@ -264,12 +278,23 @@ def align(path: PartyPath, events: Events = False) -> None:
 
 
 @app.command()
-def run(path: PartyPath, events: Events = False) -> None:
+def run(
+    path: PartyPath,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Horizontal: go on from the last round's checkpoint.")
+    ] = False,
+    events: Events = False,
+) -> None:
     """Wait for the others (with a deadline), then align, train, score and report."""
     from vfl import job as model_job
     from vfl import report
 
     party = Party(path)
+    if party.agreement.is_horizontal:
+        horizontal.run(party, events=events, resume=resume)
+        return
+    if resume:
+        raise LocalError("only horizontal jobs keep checkpoints; start this run anew, without --resume")
     with (
         occupied(party.output),
         logging_to(party.output / "log.txt") as (log, warnings),
@@ -302,7 +327,7 @@ def predict(
     from vfl import job as model_job
     from vfl import report
 
-    party = Party(path)
+    party = _vertical(path)
     if party.is_label_holder != (output_file is not None):
         remedy = "give --output FILE" if party.is_label_holder else "leave --output out"
         raise LocalError(f"scores stay with the label holder: {remedy}")
@@ -322,6 +347,14 @@ def predict(
     if not events:
         where = f"; scores in {output_file}" if output_file else "; the scores are with the label holder"
         out.print(f"{len(outcome.rows):,} of our {prepared.table.rows:,} rows scored{where}", soft_wrap=True)
+
+
+def _vertical(path: Path) -> Party:
+    """Our file, for what only parties with the same rows do. Raises LocalError for a horizontal job."""
+    party = Party(path)
+    if party.agreement.is_horizontal:
+        raise LocalError("this is for vertical jobs; a horizontal one has check, sign and run, and aligns no rows")
+    return party
 
 
 def _source(party: Party, path: Path) -> Source:
@@ -403,6 +436,7 @@ def _one_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
+app.command()(horizontal.simulate)
 for _command in app.registered_commands:
     if _command.callback is not None:
         _command.callback = _one_line_errors()(_command.callback)

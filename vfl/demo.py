@@ -35,7 +35,7 @@ from psi.rules import rule
 from vfl.console import Bars, Watcher, err, out
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Logistic, Vector
-from vfl.metrics import evaluate
+from vfl.metrics import measure
 from vfl.report import encryption_rows, phase_rows
 
 WEAK = ("mean texture", "mean smoothness", "mean symmetry", "mean fractal dimension")
@@ -81,6 +81,7 @@ def run_demo(folder: Path, key_bits: int = 3072, scheme: str = "paillier") -> di
     write_json(folder / "summary.json", summary)
     out.print(closing_table(summary))
     out.print(f"everything is in {folder}; each party's own files in {folder}/<party>", soft_wrap=True)
+    out.print(f"what joining brought, with curves: {folder / LABEL_HOLDER / 'report.html'}", soft_wrap=True)
     return summary
 
 
@@ -196,7 +197,9 @@ def compare(folder: Path, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
 
     def objective(weights: Vector, offset: float) -> float:
         scores = scaled[~test].to_numpy() @ weights + offset
-        return Logistic.value(scores, y[~test]) + float(weights @ weights) / (2 * c * int((~test).sum()))
+        return float(Logistic().values(scores[:, np.newaxis], y[~test][:, np.newaxis]).mean()) + float(
+            weights @ weights
+        ) / (2 * c * int((~test).sum()))
 
     best = objective(central.coef_[0], float(central.intercept_[0]))
     return {
@@ -206,7 +209,7 @@ def compare(folder: Path, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
         "rows_test": own[LABEL_HOLDER]["rows_test"],
         "auc_label_holder_alone": metrics["alone"]["auc"],
         "auc_joint": metrics["joint"]["auc"],
-        "auc_centralised": evaluate(y[test], central.predict_proba(scaled[test])[:, 1])["auc"],
+        "auc_centralised": measure("binary", y[test], central.predict_proba(scaled[test])[:, 1])[0]["auc"],
         "max_abs_coef_difference": float(
             max(np.abs(ours - central.coef_[0]).max(), abs(intercept - float(central.intercept_[0])))
         ),

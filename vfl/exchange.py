@@ -52,12 +52,26 @@ class Scales:
     feature_bits: int
     residual_bits: int
     slot_bits: int
+    range_bits: int = 0
 
     @classmethod
-    def of(cls, agreement: Agreement, rows: int) -> Scales:
+    def of(cls, agreement: Agreement, rows: int, range_bits: int = 0) -> Scales:
+        """|residuals| are at most 2^range_bits."""
         e = agreement.encryption
-        slot = e.feature_bits + e.residual_bits + MEAN_BITS + max(rows, 1).bit_length() + 2
-        return cls(e.feature_bits, e.residual_bits, slot)
+        slot = e.feature_bits + e.residual_bits + range_bits + MEAN_BITS + max(rows, 1).bit_length() + 2
+        return cls(e.feature_bits, e.residual_bits, slot, range_bits)
+
+    @property
+    def residual_bound(self) -> int:
+        return 1 << self.residual_bits + self.range_bits
+
+    def residual(self, values: Matrix) -> Fixed:
+        """Residuals in fixed point. Raises LocalError beyond their range."""
+        limit = 2.0**self.range_bits
+        if np.isfinite(values).all() and values.size and np.abs(values).max() > limit:
+            raise LocalError(f"residuals exceed {limit:g}; agree on a larger residual_range in [model]")
+        bound_bits = self.residual_bits + self.range_bits + 1
+        return quantise(values, self.residual_bits, bound_bits=bound_bits, what="residuals")
 
     def exact(self, x: Fixed) -> Vector:
         """The X (n, d) that is weighed, as floats: embeddings come from it, so that a loss fits its gradient."""
@@ -77,7 +91,7 @@ class Scales:
         large = [
             name
             for name, total in zip(names, sums, strict=True)
-            if sum_bits(int(total), 1 << self.residual_bits) + 2 > self.slot_bits
+            if sum_bits(int(total), self.residual_bound) + 2 > self.slot_bits
         ]
         if large:
             raise LocalError(f"values too large for the agreed slots in {', '.join(large)}; standardise the features")
@@ -119,6 +133,7 @@ class Terms:
         exchanges: int,
         *,
         width: int = 1,
+        range_bits: int = 0,
         cached: bool = True,
     ) -> Terms:
         """`rows` of the largest batch; `plans` of the feature holders; `cached`: all batches are the same.
@@ -127,7 +142,7 @@ class Terms:
             Refused: a feature holder without columns, or with sums larger than its features may have: more partial sums
             would be opened for it.
         """
-        e, scales = agreement.encryption, Scales.of(agreement, rows)
+        e, scales = agreement.encryption, Scales.of(agreement, rows, range_bits)
         most = scales.feature_bits + MEAN_BITS + rows.bit_length()
         for name, plan in plans.items():
             if not plan.columns or plan.magnitude > most:
@@ -140,9 +155,9 @@ class Terms:
             parts = dict.fromkeys(columns, 1)
             return cls(scheme, columns, dict.fromkeys(columns, scales), parts, exchanges, costs, width)
         room = PLAIN_BITS - 2
-        bits = {name: max(room - plan.magnitude, LEAST_RESIDUAL_BITS) for name, plan in plans.items()}
+        bits = {name: max(room - plan.magnitude, LEAST_RESIDUAL_BITS) - range_bits for name, plan in plans.items()}
         own = {name: replace(scales, residual_bits=min(scales.residual_bits, bits[name])) for name in plans}
-        over = {name: plan.magnitude + own[name].residual_bits - room for name, plan in plans.items()}
+        over = {name: plan.magnitude + own[name].residual_bits + range_bits - room for name, plan in plans.items()}
         parts = {name: 2 << excess if excess > 0 else 1 for name, excess in over.items()}  # uneven ones need more
         return cls(scheme, columns, own, parts, exchanges, costs, width, e.numbers_per_key)
 
@@ -205,7 +220,7 @@ class FeatureEnd:
             return PaillierWeigher(
                 self.public,
                 x,
-                1 << scales.residual_bits,
+                scales.residual_bound,
                 width=terms.width,
                 slot_bits=scales.slot_bits,
                 tick=session.tick,
@@ -217,13 +232,13 @@ class FeatureEnd:
                 self._columns(cut, rows),
                 public,
                 _context(session, session.name, exchange, number),
-                1 << scales.residual_bits,
+                scales.residual_bound,
                 sums=terms.exchanges * terms.parts[session.name] * terms.columns[session.name] * terms.width,
                 tick=session.tick,
             )
 
     def _columns(self, cut: tuple[slice, slice], rows: NDArray[np.int64] | None) -> Columns:
-        parts, bound = self.terms.parts[self.session.name], 1 << self.scales.residual_bits
+        parts, bound = self.terms.parts[self.session.name], self.scales.residual_bound
         if rows is not None:
             return Columns(self.x[rows, cut[0]], _layout(len(rows), cut), parts, bound, 0)
         layout = _layout(len(self.x), cut)
@@ -290,14 +305,13 @@ def open_gradients(end: LabelEnd, residual: Matrix | Vector, exchange: int) -> N
         ProtocolViolation: a reply of another shape than d_k columns need, or no ciphertexts under our key.
     """
     session, terms, rows = end.session, end.terms, len(residual)
-    bits = {scales.residual_bits for scales in terms.scales.values()}
-    fixed = {b: quantise(residual.reshape(rows, -1), b, bound_bits=b + 1, what="residuals") for b in bits}
+    fixed = {scales: scales.residual(residual.reshape(rows, -1)) for scales in set(terms.scales.values())}
     number = 0
     while openers := end.openers(exchange, number, rows):
         for opener, names in openers:
             for start in range(0, rows, opener.rows):
                 first = next(iter(names))
-                part = fixed[terms.scales[first].residual_bits][start : start + opener.rows, names[first][1]]
+                part = fixed[terms.scales[first]][start : start + opener.rows, names[first][1]]
                 sealed = SealedResidual(exchange, opener.encrypt(part))
                 for name in names:
                     session.channels[name].send(sealed)

@@ -5,33 +5,13 @@ No script and no outside request; whatever it says is text and stays text. Chart
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from psi.html import environment
-from vfl.evaluation import Curve, Evaluation
+from vfl.evaluation import Evaluation
 from vfl.metrics import FIGURES
+from vfl.pages import BOTTOM, LEFT, PAGES, RIGHT, TOP, Cell, Chart, Plot
 
-LEFT, RIGHT, TOP, BOTTOM = 56, 388, 30, 272  # of the plot, in a chart of 400 x 320
 MOST_CLASSES = 15  # whose confusion matrix fits the page
-Cell = str | int | float | None
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A kind of chart: the curve it shows, in words; values that both axes always include; what to compare the curve
-    with, a diagonal or a level of 1."""
-
-    curve: str
-    title: str
-    meaning: str
-    x: str
-    y: str
-    reference: str
-    include: tuple[float, ...] = (0.0, 1.0)
-    level: bool = False
-    same_scale: bool = False
 
 
 RANKING = (
@@ -92,57 +72,6 @@ DECILES = Plot(
 PLOTS = {"binary": (*RANKING, CALIBRATION), "multiclass": (), "regression": (DECILES,), "poisson": (DECILES,)}
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Goes from the first tick to the last."""
-
-    ticks: list[float]
-
-    @classmethod
-    def over(cls, values: Iterable[float]) -> Axis:
-        """From the least value to the greatest, or a little beyond, in steps of 1, 2 or 5 times a power of ten."""
-        low, high = min(values := [*values]), max(values)
-        rough = (high - low or abs(high) or 1.0) / 5
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(times * power for times in (1, 2, 5, 10) if times * power > rough * (1 - 1e-9))
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-        return cls([float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)])
-
-    def place(self, value: float, start: int, end: int) -> float:
-        """Where a value is drawn, when the axis is drawn from `start` to `end`."""
-        low, high = self.ticks[0], self.ticks[-1]
-        return round(start + (value - low) / (high - low) * (end - start), 1)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One plot of all models shown, in the chart's units: ticks and where they are, lines as lists of points."""
-
-    plot: Plot
-    x: list[tuple[float, float]]
-    y: list[tuple[float, float]]
-    lines: dict[str, list[tuple[float, float]]]
-
-    @classmethod
-    def of(cls, plot: Plot, curves: Mapping[str, Curve]) -> Chart:
-        xs, ys = ([*plot.include, *(point[axis] for curve in curves.values() for point in curve)] for axis in (0, 1))
-        x, y = (Axis.over(xs + ys), Axis.over(xs + ys)) if plot.same_scale else (Axis.over(xs), Axis.over(ys))
-
-        def placed(curve: Curve) -> list[tuple[float, float]]:
-            return [(x.place(one, LEFT, RIGHT), y.place(other, BOTTOM, TOP)) for one, other in curve]
-
-        lines = {name: placed(curve) for name, curve in curves.items()}
-        if plot.reference:
-            ends = (1.0, 1.0) if plot.level else (y.ticks[0], y.ticks[-1])
-            lines["reference"] = placed([(x.ticks[0], ends[0]), (x.ticks[-1], ends[1])])
-        return cls(
-            plot,
-            [(tick, x.place(tick, LEFT, RIGHT)) for tick in x.ticks],
-            [(tick, y.place(tick, BOTTOM, TOP)) for tick in y.ticks],
-            lines,
-        )
-
-
 def render(
     evaluation: Evaluation,
     *,
@@ -170,7 +99,7 @@ def render(
         for plot in PLOTS[evaluation.kind]
     ]
     figures = FIGURES[evaluation.kind]
-    return _ENVIRONMENT.get_template("report.html").render(
+    return PAGES.get_template("report.html").render(
         evaluation=evaluation,
         joint=models["joint"],
         alone=models.get("alone"),
@@ -200,22 +129,9 @@ def _signed(value: float) -> str:
     return "+" * (value > 0) + _figure(value).replace("-", "−", 1)
 
 
-def _tick(value: float) -> str:
-    """Short: 0.2, 20k, -1.5M."""
-    size = abs(value)
-    return f"{value / 1e6:g}M" if size >= 1e6 else f"{value / 1e3:g}k" if size >= 1e4 else f"{value:g}"
-
-
-def _cell(value: Cell) -> str:
-    if value is None or isinstance(value, str):
-        return "–" if value is None else value
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
 def _numeric(rows: Sequence[Mapping[str, Cell]]) -> set[str]:
     """Columns with a number."""
     return {key for row in rows for key, value in row.items() if isinstance(value, int | float)}
 
 
-_ENVIRONMENT = environment("vfl")
-_ENVIRONMENT.filters |= {"figure": _figure, "signed": _signed, "tick": _tick, "cell": _cell, "numeric": _numeric}
+PAGES.filters |= {"figure": _figure, "signed": _signed, "numeric": _numeric}

@@ -7,22 +7,26 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from parties.errors import LocalError
 from vfl.losses import Matrix, Vector
 
 log = logging.getLogger("colonnade")
+MOST_CLASSES = 1000
 LEVERAGE_REFUSED = 0.9
 LEVERAGE_WARNED = 0.5
 RANK_TOLERANCE = 1e-4  # relative; what lies below is fixed-point noise, or too little to hide behind
 
 
-def matrix(X: pd.DataFrame | Matrix) -> tuple[Matrix, list[str]]:
+def matrix(X: pd.DataFrame | Matrix, *, may_be_empty: bool = False) -> tuple[Matrix, list[str]]:
     """Float64 values and column names. Raises LocalError that names columns and counts, never values."""
     frame = X if isinstance(X, pd.DataFrame) else pd.DataFrame(np.asarray(X))
     names = [str(name) for name in frame.columns]
+    if not names and may_be_empty:
+        return np.empty((len(frame), 0)), []
     if not names:
-        raise LocalError("a party needs at least one feature column")
+        raise LocalError("a feature holder needs at least one feature column")
     numbers = frame.apply(pd.to_numeric, errors="coerce")
     text = numbers.isna() & frame.notna()
     if text.any(axis=None):
@@ -35,7 +39,8 @@ def matrix(X: pd.DataFrame | Matrix) -> tuple[Matrix, list[str]]:
     return x, names
 
 
-def two_labels(y: Any, rows: int) -> tuple[Any, Vector]:
+def class_labels(y: Any, rows: int) -> tuple[Any, NDArray[np.int64]]:
+    """The classes, sorted, and each row's number among them. Raises LocalError."""
     values = np.asarray(y)
     if values.shape != (rows,):
         raise LocalError(f"{rows} rows of features but labels of shape {values.shape}")
@@ -45,10 +50,39 @@ def two_labels(y: Any, rows: int) -> tuple[Any, Vector]:
     if len({type(value) for value in values.tolist()}) > 1:
         raise LocalError("the labels are of several types; make them all numbers or all text")
     classes, coded = np.unique(values, return_inverse=True)
-    if len(classes) != 2:
-        what = "constant" if len(classes) == 1 else f"one of {len(classes)} values"
-        raise LocalError(f"the label is {what} among these rows; it must have two values")
-    return classes, coded.astype(np.float64)
+    if len(classes) == 1:
+        raise LocalError("the label is constant among these rows; it must have two values or more")
+    if len(classes) > MOST_CLASSES or 2 * len(classes) > rows:
+        raise LocalError(
+            f"the label is one of {len(classes)} values in {rows} rows; is it a number to be regressed on?"
+        )
+    return classes, coded
+
+
+def numeric_targets(y: Any, rows: int, least: float = -np.inf) -> Vector:
+    """Finite numbers, none below `least`. Raises LocalError."""
+    numbers = pd.to_numeric(pd.Series(np.asarray(y).ravel()), errors="coerce").to_numpy(np.float64)
+    if np.shape(y) != (rows,):
+        raise LocalError(f"{rows} rows of features but targets of shape {np.shape(y)}")
+    bad = int((~np.isfinite(numbers)).sum())
+    if bad:
+        raise LocalError(f"{bad} targets are missing, infinite or no numbers; drop these rows")
+    low = int((numbers < least).sum())
+    if low:
+        raise LocalError(f"{low} targets are below {least:g}; counts are not negative")
+    if np.ptp(numbers) == 0:
+        raise LocalError("the target is constant among these rows")
+    return numbers
+
+
+def row_weights(weights: Any, rows: int) -> Vector:
+    """Sample weights, 1 without any. Raises LocalError."""
+    if weights is None:
+        return np.ones(rows)
+    numbers = np.asarray(weights, np.float64)
+    if numbers.shape != (rows,) or not np.isfinite(numbers).all() or (numbers < 0).any() or not numbers.any():
+        raise LocalError(f"sample weights are {rows} finite numbers, none negative, not all zero")
+    return numbers
 
 
 def check_columns(x: Matrix, names: list[str], minimum: int, where: str = "the table") -> None:

@@ -10,34 +10,40 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.preprocessing import StandardScaler
+from scipy.linalg import lapack
 
 from parties.agreement import Model
 from parties.errors import LocalError, Refused
 from parties.party_file import Party, TableChoice
+from parties.preparation import Preparation
 from parties.session import TRAIN, Progress, Session
 from parties.tables import Source, Table
 from psi import job as psi_job
 from psi.report import Report
+from vfl.evaluation import Evaluation, compare
 from vfl.exchange import Scales
-from vfl.inputs import check_columns
+from vfl.inputs import RANK_TOLERANCE, check_columns
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Vector
-from vfl.metrics import evaluate
-from vfl.share import Scaling
+from vfl.preparation import FittedCategory, FittedColumns, FittedNumber, fit
 
 log = logging.getLogger("colonnade")
-TRAINED = (*psi_job.ALIGNED, "model.json")
+TRAINED = (*psi_job.ALIGNED, "model.json", "report.html")
 SCORED = tuple(f"score_{name}" for name in psi_job.EVIDENCE)
 
 
 @dataclass(frozen=True)
 class Prepared(psi_job.Prepared):
-    """Our input, checked: nothing has been sent yet. Features (DataFrame, float64) and label are those of the rows that
-    take part, in the order of `ids.rows`."""
+    """Our input, checked: nothing has been sent yet. Features and label are those of the rows that take part, in the
+    order of `ids.rows`; features as our table has them: float64, NaN where one is missing and will be filled, or text.
+
+    `plan` is our file's [prepare]; `fitted` what it comes to on all these rows or, when scoring, what our share brings.
+    """
 
     features: pd.DataFrame = field(repr=False)
     label: Vector | None = field(repr=False)
+    plan: Preparation = field(repr=False)
+    fitted: FittedColumns = field(repr=False)
 
 
 @dataclass
@@ -53,41 +59,89 @@ class Outcome:
     bytes_sent: dict[str, dict[str, int]]
     bytes_by_phase: dict[str, int]
     model: VerticalLogisticRegression
-    scaler: StandardScaler | None = field(repr=False)
+    fitted: FittedColumns = field(repr=False)
     probability: Vector | None = field(default=None, repr=False)
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluation: Evaluation | None = field(default=None, repr=False)
 
 
 def prepare(
     party: Party,
     *,
     source: Source | None = None,
-    features: list[str] | None = None,
-    train: bool = True,
+    trained: FittedColumns | None = None,
     look: Callable[[Table], None] = lambda table: None,
 ) -> Prepared:
-    """Read and check our table. Raises LocalError, naming file, column and count."""
-    choice, agreement = party.file.table, party.agreement
-    names = list(choice.features) if features is None else features
+    """Read and check our table, for training; or for scoring, with the preparation that a share was `trained` with.
+
+    Raises:
+        LocalError: names file, column and count. Refused: the agreement does not allow a model, or as many columns.
+    """
+    choice, plan, agreement = party.file.table, party.file.prepare, party.agreement
+    names = list(choice.features if trained is None else trained.columns)
     if not names:
         raise LocalError(f"{party.path}: name our columns as features in [table]; 'colonnade align' needs none")
-    if train and party.is_label_holder and not choice.label:
+    if trained is None and party.is_label_holder and not choice.label:
         raise LocalError(f"{party.path}: the label holder names its label in [table]; 'colonnade align' needs none")
-    agreed = agreement.party(party.name).columns
-    if agreed and len(names) > agreed:
-        raise Refused(f"{party.path}: {len(names)} columns; the agreement allows us {agreed}")
     if agreement.intersection.result != "rows":
         raise Refused(f'the agreement reveals only {agreement.intersection.result!r}: a model needs result = "rows"')
-    read = psi_job.prepare(party, source=source, features=names, label=choice.label if train else "", look=look)
-    prepared = Prepared(read.table, read.ids, *_taking_part(read, choice))
-    if train and not party.is_label_holder:
-        minimum = agreement.model.minimum_rows_off_mode
-        check_columns(prepared.features.to_numpy(), names, minimum, read.table.source)
-    if train and not agreement.model.standardise:
-        Scales.of(agreement, len(prepared.ids)).features(prepared.features.to_numpy(), names)
-    if train and len(prepared.ids) <= len(names):
-        raise LocalError(f"{read.table.source}: {len(prepared.ids)} rows for {len(names)} columns; bring more rows")
-    return prepared
+    categories, gaps = _declared(plan) if trained is None else _learnt(trained)
+    label = choice.label if trained is None else ""
+    read = psi_job.prepare(
+        party, source=source, features=names, label=label, categories=categories, gaps=gaps, look=look
+    )
+    features, truth = _taking_part(read, choice)
+    try:
+        fitted = trained or _fitted(features, plan, agreement.model, party.is_label_holder)
+        columns = fitted.transform(features)
+    except LocalError as error:
+        raise LocalError(f"{read.table.source}: {error}") from None
+    if trained is None:
+        _rehearse(party, columns, read.table.source)
+    return Prepared(read.table, read.ids, features, truth, plan, fitted)
+
+
+def _declared(plan: Preparation) -> tuple[set[str], set[str]]:
+    """Which columns are text, and in which numbers may be missing."""
+    return set(plan.categories), {name for name, column in plan.numbers.items() if column.missing != "refuse"}
+
+
+def _learnt(fitted: FittedColumns) -> tuple[set[str], set[str]]:
+    """Likewise, of a preparation that has been fitted."""
+    texts = {name for name, column in fitted.columns.items() if isinstance(column, FittedCategory)}
+    return texts, {name for name, column in fitted.columns.items() if name not in texts and column.fill is not None}
+
+
+def _fitted(features: pd.DataFrame, plan: Preparation, model: Model, is_label_holder: bool) -> FittedColumns:
+    """Every level of a feature holder's columns has the agreed number of rows: its gradients are sums over them."""
+    minimum = 1 if is_label_holder else model.minimum_rows_off_mode
+    return fit(features, plan, standardise=model.standardise, minimum=minimum)
+
+
+def _rehearse(party: Party, columns: pd.DataFrame, place: str) -> None:
+    """What would stop training once rows are common stops us now, on all our rows and prepared columns."""
+    agreement, names, rows = party.agreement, list(map(str, columns)), len(columns)
+    agreed = agreement.party(party.name).columns
+    if agreed and len(names) > agreed:
+        raise Refused(f"{party.path}: {len(names)} columns once they are prepared; the agreement allows us {agreed}")
+    if not party.is_label_holder:
+        check_columns(columns.to_numpy(), names, agreement.model.minimum_rows_off_mode, place)
+        Scales.of(agreement, rows).features(columns.to_numpy(), names)
+    if rows <= len(names):
+        raise LocalError(f"{place}: {rows} rows for {len(names)} prepared columns; bring more rows")
+    _warn_dependent(columns)
+
+
+def _warn_dependent(columns: pd.DataFrame) -> None:
+    """Columns that depend on others are solved for all the same: the penalty says how they share a weight."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        correlations = np.nan_to_num(np.atleast_2d(np.corrcoef(columns.to_numpy(), rowvar=False)))
+    _, order, independent, _ = lapack.dpstrf(correlations, tol=RANK_TOLERANCE**2)
+    names = [columns.columns[number - 1] for number in sorted(order[independent:])]
+    if names:
+        log.warning(
+            "columns that others of ours add up to: %s; the penalty alone decides how they share a weight: drop them",
+            ", ".join(map(repr, names)),
+        )
 
 
 def _taking_part(read: psi_job.Prepared, choice: TableChoice) -> tuple[pd.DataFrame, Vector | None]:
@@ -130,6 +184,10 @@ def train(session: Session, prepared: Prepared, minimum: int = 0, house: psi_job
     """The job in an open session. The same function at every party; the label holder's table has the label. `house`
     keeps the evidence of the intersection as soon as rows are known, whatever happens later.
 
+    The joint model is compared with the label holder alone, but not with the model without one feature holder: that
+    takes the sum of the others' embeddings of the held-out rows, and the difference would tell the label holder what
+    that one's embedding of each row is. Of a single feature holder there is nobody else to leave.
+
     Reveals:
         To every party: what `align`, `VerticalLogisticRegression.fit` and its `decision_function` reveal; no more.
     """
@@ -141,19 +199,19 @@ def train(session: Session, prepared: Prepared, minimum: int = 0, house: psi_job
     test = split(len(features), settings.test_fraction, settings.seed)
     label = None if prepared.label is None else prepared.label[common]
     with session.phase("train"):
-        scaler = StandardScaler().fit(features[~test].to_numpy()) if settings.standardise else None
-        scaled = _scaled(features, scaler)
+        fitted = _fitted(features[~test], prepared.plan, settings, session.is_label_holder)
+        columns = fitted.transform(features)
         model = estimator(settings)
-        model.fit(scaled[~test], None if label is None else label[~test], session=session)
-    probability, metrics = None, {}
+        model.fit(columns[~test], None if label is None else label[~test], session=session)
+    probability, evaluation = None, None
     if test.any():
         with session.phase("score"):
-            both = model.predict_proba(scaled[test], session=session)
+            both = model.predict_proba(columns[test], session=session)
         if both is not None and label is not None:
             probability = both[:, 1]
-            alone = model.alone_.predict_proba(scaled[test].to_numpy())[:, 1]
-            metrics = {"joint": evaluate(label[test], probability), "alone": evaluate(label[test], alone)}
-    return _outcome(session, prepared, common, report, test, model, scaler, probability, metrics)
+            alone = model.alone_.predict_proba(columns[test].to_numpy())[:, 1]
+            evaluation = compare("binary", label[test], {"joint": probability, "alone": alone})
+    return _outcome(session, prepared, common, report, test, model, fitted, probability, evaluation)
 
 
 def score(
@@ -169,13 +227,12 @@ def score(
         To every party: what `align` and `VerticalLogisticRegression.decision_function` reveal; no more.
     """
     common, report = _common(session, prepared, minimum, house)
-    features = prepared.features.iloc[common].reset_index(drop=True)
-    scaler = None if model.scaler_ is None else _restored(model.scaler_)
+    columns = prepared.fitted.transform(prepared.features.iloc[common].reset_index(drop=True))
     with session.phase("score"):
-        both = model.predict_proba(_scaled(features, scaler), session=session)
+        both = model.predict_proba(columns, session=session)
     probability = None if both is None else both[:, 1]
-    test = np.ones(len(features), bool)
-    return _outcome(session, prepared, common, report, test, model, scaler, probability, {})
+    test = np.ones(len(columns), bool)
+    return _outcome(session, prepared, common, report, test, model, prepared.fitted, probability, None)
 
 
 def split(rows: int, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -203,12 +260,19 @@ def predict(
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
     approval, house = party.approval, psi_job.House(party, "score_")
-    prepared = prepare(party, source=source, features=list(model.feature_names_in_), train=False)
+    prepared = prepare(party, source=source, trained=model.prepared_ or _as_they_are(list(model.feature_names_in_)))
     house.check_budget(prepared.ids)
     task = f"score with {model.training_[:32]}"
     with psi_job.meeting(house, approval, task, SCORED, progress, note) as session:
         outcome = score(session, prepared, model, party.file.policy.minimum_to_score, house)
     return _closed(outcome, session), prepared
+
+
+def _as_they_are(names: list[str]) -> FittedColumns:
+    """For a share that was saved without a preparation: its columns are our table's."""
+    return FittedColumns(
+        columns={name: FittedNumber() for name in names}, mean=(0.0,) * len(names), scale=(1.0,) * len(names)
+    )
 
 
 def _common(
@@ -227,12 +291,12 @@ def _outcome(
     report: Report,
     test: NDArray[np.bool_],
     model: VerticalLogisticRegression,
-    scaler: StandardScaler | None,
+    fitted: FittedColumns,
     probability: Vector | None,
-    metrics: dict[str, dict[str, float]],
+    evaluation: Evaluation | None,
 ) -> Outcome:
-    rows = prepared.ids.rows[common]
-    return Outcome(session.id.hex(), session.task, rows, test, report, {}, {}, {}, model, scaler, probability, metrics)
+    rows, name = prepared.ids.rows[common], session.id.hex()
+    return Outcome(name, session.task, rows, test, report, {}, {}, {}, model, fitted, probability, evaluation)
 
 
 def _closed(outcome: Outcome, session: Session) -> Outcome:
@@ -243,16 +307,3 @@ def _closed(outcome: Outcome, session: Session) -> Outcome:
         kinds[kind] = kinds.get(kind, 0) + size
         outcome.bytes_by_phase[phase] = outcome.bytes_by_phase.get(phase, 0) + size
     return outcome
-
-
-def _scaled(features: pd.DataFrame, scaler: StandardScaler | None) -> pd.DataFrame:
-    if scaler is None:
-        return features
-    return pd.DataFrame(scaler.transform(features.to_numpy()), columns=features.columns)
-
-
-def _restored(saved: Scaling) -> StandardScaler:
-    scaler = StandardScaler()
-    scaler.mean_, scaler.scale_ = np.array(saved.mean), np.array(saved.scale)
-    scaler.n_features_in_ = len(scaler.mean_)
-    return scaler

@@ -34,20 +34,23 @@ class _Step(Message):
 @kind(200, "control")
 @dataclass(frozen=True, eq=False)
 class Plan(Message):
-    """All to all: digest of model and hyper-parameters, our rows, columns, their rank, and the bits that the largest of
-    their sums of |x| takes (both 0 at the label holder, and when scoring). Digests and rows must agree."""
+    """All to all: digest of model and hyper-parameters, our rows and columns; digests and rows must agree. A feature
+    holder adds its columns' rank and the bits that the largest of their sums of |x| takes; the label holder how many
+    outputs the model has, and the bits of its largest residual before the point. What is not said is 0."""
 
     digest: bytes
     rows: int
     columns: int
-    rank: int
-    magnitude: int
+    rank: int = 0
+    magnitude: int = 0
+    outputs: int = 0
+    range_bits: int = 0
 
     def __post_init__(self) -> None:
         if len(self.digest) != 32 or not 0 <= self.rows < 2**40 or not 0 <= self.rank <= self.columns <= 2**20:
             raise ValueError("a plan is a digest, rows, columns and their rank")
-        if not 0 <= self.magnitude < 64:
-            raise ValueError("sums of columns take 0 to 63 bits")
+        if not (0 <= self.magnitude < 64 and 0 <= self.outputs <= 4096 and 0 <= self.range_bits <= 30):
+            raise ValueError("sums of columns take 0 to 63 bits, a model has 0 to 4096 outputs, residuals 0 to 30 bits")
 
 
 @kind(201, "control", "|u1", 2)
@@ -158,6 +161,24 @@ class Direction(_Step):
     def __post_init__(self) -> None:
         super().__post_init__()
         _bounded(self.data)
+
+
+@kind(211, "aggregate")
+@dataclass(frozen=True, eq=False)
+class Step(_Step):
+    """G -> k, proximal: with a length, try a step of 1 / length; without, take the step tried last (`taken`) or leave
+    it, go on with this momentum, or stop (`last`), at the optimum (`converged`) or not."""
+
+    length: float
+    momentum: float
+    taken: bool
+    last: bool
+    converged: bool
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.length < LARGEST or not 0 <= self.momentum < 1:
+            raise ValueError("a length is finite and not negative, a momentum below 1")
 
 
 @kind(212, "aggregate", "<f8", 1)

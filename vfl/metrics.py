@@ -39,11 +39,6 @@ def measure(kind: Kind, y: Array, scores: Array, threshold: float = 0.5) -> tupl
     return values, absent
 
 
-def evaluate(y: Array, probability: Array) -> dict[str, float]:
-    """The figures that a binary model has; of these, `auc` and `log_loss` are always there, if need be as NaN."""
-    return {"auc": float("nan"), "log_loss": float("nan")} | measure("binary", y, probability)[0]
-
-
 def pieces(ranked: Array) -> NDArray[np.int64]:
     """Cut rows, in falling order of their scores `ranked`, into at most ten pieces of nearly equal size.
 

@@ -16,10 +16,10 @@ from rich.table import Table
 from parties.agreement import Agreement
 from parties.files import write_json, write_whole
 from parties.party_file import Party
+from vfl import html
 from vfl.encryption.choice import strength
 from vfl.job import Outcome, Prepared
 from vfl.linear import VerticalLogisticRegression
-from vfl.share import Scaling
 
 SINGLE_HOLDER = (
     "One feature holder: its partial embeddings have nothing to hide behind. After as many exchanges as it has columns "
@@ -30,13 +30,14 @@ SEVERAL_HOLDERS = (
     "knows as many rows of one of them, can then rebuild that one's other rows."
 )
 
+SHOWN = {"auc": "AUC", "log_loss": "log loss"}  # of a model's figures, in the closing table
+
 
 def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[str, Any]:
-    """Write model.json, rows.csv and summary.json into the party's output folder; returns the summary."""
+    """Write model.json, rows.csv, summary.json and, at the label holder, report.html into the party's output folder;
+    returns the summary."""
     folder = party.output
-    scaler = outcome.scaler
-    saved = None if scaler is None else Scaling(scaler.mean_.tolist(), scaler.scale_.tolist())
-    outcome.model.save(folder / "model.json", scaler=saved)
+    outcome.model.save(folder / "model.json", prepared=outcome.fitted)
     rows = pd.DataFrame({"row": outcome.rows, "part": np.where(outcome.test, "test", "train")})
     if outcome.probability is not None:
         rows["score"] = np.nan
@@ -44,6 +45,17 @@ def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> di
     write_whole(folder / "rows.csv", rows.to_csv(index=False).encode(), mode=0o600)
     summary = summarise(party, outcome, warnings)
     write_json(folder / "summary.json", summary)
+    if outcome.evaluation is not None:
+        page = html.render(
+            outcome.evaluation,
+            title=summary["title"],
+            party=summary["party"],
+            session=summary["session"],
+            cost=cost_rows(summary),
+            leakage=leakage_rows(outcome.model, party.agreement),
+            notes=summary["notes"],
+        )
+        write_whole(folder / "report.html", page.encode())
     return summary
 
 
@@ -73,7 +85,12 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
         "notes": [*notes(agreement), *warnings],
     }
     if party.is_label_holder:
-        summary |= {"metrics": outcome.metrics, "gradient_norm": outcome.model.gradient_norm_}
+        found = outcome.evaluation
+        summary |= {
+            "metrics": {} if found is None else {name: one.figures for name, one in found.models.items()},
+            "evaluation": msgspec.to_builtins(found),
+            "gradient_norm": outcome.model.gradient_norm_,
+        }
     return summary
 
 
@@ -124,7 +141,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_row("train / test", f"{summary['rows_train']:,} / {summary['rows_test']:,} rows")
     for name, values in summary.get("metrics", {}).items():
         who = "label holder alone" if name == "alone" else "joint model"
-        table.add_row(f"AUC, {who}", f"{values['auc']:.4f} on the test rows (log loss {values['log_loss']:.4f})")
+        shown = ", ".join(f"{text} {values[figure]:.4f}" for figure, text in SHOWN.items() if figure in values)
+        table.add_row(who, f"{shown or 'nothing to measure'} on the test rows")
     state = "complete" if summary["converged"] else "stopped before the optimum, see the note"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
     for row in encryption_rows(summary["encryption"]):
@@ -143,6 +161,36 @@ def phase_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, sent = summary["seconds_by_phase"], summary["bytes_by_phase"]
     phases = [(f"  {name}", f"{value:.1f} s, {decimal(sent.get(name, 0))} sent") for name, value in seconds.items()]
     return [("time", f"{summary['seconds']:.1f} s, {decimal(sum(sent.values()))} sent"), *phases]
+
+
+def cost_rows(summary: dict[str, Any]) -> list[dict[str, str | int | float | None]]:
+    """What the run took at us, phase by phase; the encryption and the exchanges belong to training."""
+    scheme = summary["encryption"].get("strength")
+    return [
+        {
+            "phase": phase,
+            "seconds": seconds,
+            "bytes we sent": summary["bytes_by_phase"].get(phase, 0),
+            "exchanges": summary["exchanges"] if phase == "train" else None,
+            "encryption": scheme if phase == "train" else None,
+        }
+        for phase, seconds in summary["seconds_by_phase"].items()
+    ]
+
+
+def leakage_rows(model: VerticalLogisticRegression, agreement: Agreement) -> list[dict[str, str | int | float | None]]:
+    """Whether the label holder can have rebuilt the feature holders' columns from embeddings of the same rows.
+
+    Unless the agreement allows it, training itself stops before it has as many as these have independent directions.
+    """
+    return [
+        {
+            "what": "feature holders' columns, rebuilt from embeddings of the same rows",
+            "exchanges": model.n_iter_,
+            "columns": sum(model.terms_.columns.values()),
+            "result": "allowed by the agreement" if agreement.model.allow_reconstruction else "PASS",
+        }
+    ]
 
 
 def write_scores(path: Path, prepared: Prepared, outcome: Outcome) -> None:

@@ -5,16 +5,20 @@ Per batch: partial embeddings (masked sum), encrypted gradient, one step w -= ra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parties.session import Session
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
-from vfl.losses import Logistic, Matrix, Vector
+from vfl.inner import Inner, Problem
+from vfl.losses import Matrix
+from vfl.resume import ANEW, Start
 from vfl.secure_sum import Contribution, sum_embeddings
-from vfl.solver import Result
+from vfl.solver import Result, check_finite
+
+Plan = Sequence[NDArray[np.int64]]
 
 
 def batches(rows: int, size: int, epochs: int, seed: int) -> list[NDArray[np.int64]]:
@@ -33,50 +37,59 @@ def batches(rows: int, size: int, epochs: int, seed: int) -> list[NDArray[np.int
 def label_holder(
     session: Session,
     x: Matrix,
-    y: Vector,
-    start: Vector,
-    penalty: Vector,
+    problem: Problem,
+    inner: Inner,
     rate: float,
-    plan: list[NDArray[np.int64]],
+    plan: Plan,
     end: LabelEnd,
-    complete: bool = True,
+    start: Start = ANEW,
 ) -> Result:
-    """Train our weights (d,) from `start`; `penalty` (d,) is zero where a weight is not penalised.
+    """Train our weights (d, m) from the model of our columns x (n, d) alone.
 
     Reveals:
         To us, per batch: the sum of the feature holders' partial embeddings; with one, its own.
         To a feature holder: its own aggregate gradient.
+    Raises:
+        LocalError: the loss explodes; names the exchange.
     """
-    weights = start.copy()
-    for exchange, rows in enumerate(plan):
-        scores = x[rows] @ weights + sum_embeddings(session, len(rows), exchange)[:, 0]
-        residual = Logistic.derivative(scores, y[rows])
+    weights, intercept = inner.fit(x)
+    if start.exchanges:
+        weights, intercept = start.arrays["weights"], start.arrays["intercept"]
+    for exchange, rows in list(enumerate(plan))[start.exchanges :]:
+        batch = problem.rows(rows)
+        scores = x[rows] @ weights + intercept + sum_embeddings(session, len(rows), exchange, weights.shape[1])
+        residual = batch.residual(scores)
+        check_finite(residual, exchange)
         open_gradients(end, residual, exchange)
-        weights = weights - rate * (x[rows].T @ residual / len(rows) + penalty * weights)
+        weights = weights - rate * (x[rows].T @ residual / len(rows) + problem.penalty * weights)
+        if problem.fit_intercept:
+            intercept = intercept - rate * residual.mean(axis=0)
+        start.keep(exchange + 1, {"weights": weights, "intercept": intercept})
         session.advance(exchange + 1, len(plan))
-    return Result(weights, len(plan), complete)
+    return Result(weights, intercept, len(plan), True)
 
 
 def feature_holder(
     session: Session,
     penalty: float,
     rate: float,
-    plan: list[NDArray[np.int64]],
+    plan: Plan,
     end: FeatureEnd,
     contribution: Contribution,
-    complete: bool = True,
+    start: Start = ANEW,
 ) -> Result:
-    """Train our weights (d,) from zero; the mirror of `label_holder`.
+    """Train our weights (d, m) from zero; the mirror of `label_holder`.
 
     Reveals:
         To the label holder, per batch: our part of the sum of partial embeddings; with one feature holder, ours itself:
         after d batches it can rebuild our columns up to a linear map.
     """
-    exact = end.scales.exact(end.x)
-    weights = np.zeros(exact.shape[1])
-    for exchange, rows in enumerate(plan):
+    exact, width = end.scales.exact(end.x), end.terms.width
+    weights = start.arrays.get("weights", np.zeros((exact.shape[1], width)))
+    for exchange, rows in list(enumerate(plan))[start.exchanges :]:
         contribution.send_embedding(exact[rows] @ weights, exchange)
-        gradient = weigh_gradient(end, exchange, rows)[:, 0]
+        gradient = weigh_gradient(end, exchange, rows)
         weights = weights - rate * (gradient / len(rows) + penalty * weights)
+        start.keep(exchange + 1, {"weights": weights})
         session.advance(exchange + 1, len(plan))
-    return Result(weights, len(plan), complete)
+    return Result(weights, np.zeros(width), len(plan), True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +12,7 @@ import msgspec
 from parties.agreement import parse_json
 from parties.errors import LocalError
 from parties.files import write_whole
-
-
-class Scaling(msgspec.Struct, forbid_unknown_fields=True):
-    """What standardised our columns: (x - mean) / scale."""
-
-    mean: list[float]
-    scale: list[float]
+from vfl.preparation import FittedColumns
 
 
 class ModelShare(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -29,12 +24,13 @@ class ModelShare(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     agreement: str
     params: dict[str, float | int | bool | str]
     features: list[str]
-    coef: list[float]
-    intercept: float
+    kind: str = "VerticalLogisticRegression"
+    coef: list[list[float]]
+    intercept: list[float]
     classes: list[bool | float | int | str]
     exchanges: int
     converged: bool
-    scaler: Scaling | None = None
+    prepared: FittedColumns | None = None
 
     def save(self, path: Path) -> None:
         """Whole or not at all, readable by us alone."""
@@ -44,11 +40,11 @@ class ModelShare(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def load(cls, path: Path) -> ModelShare:
         """Raises LocalError when it is not a share, or its numbers do not fit its features."""
         share: ModelShare = parse_json(path, cls, "the model share")
-        numbers, lengths = [*share.coef, share.intercept], {len(share.features), len(share.coef)}
-        if share.scaler is not None:
-            numbers += [*share.scaler.mean, *share.scaler.scale]
-            numbers += [1 / one if one else math.inf for one in share.scaler.scale]
-            lengths |= {len(share.scaler.mean), len(share.scaler.scale)}
-        if len(lengths) != 1 or len(share.classes) not in (0, 2) or not all(map(math.isfinite, numbers)):
+        outputs = 1 if len(share.classes) <= 2 else len(share.classes)
+        fits = {len(row) for row in share.coef} == {len(share.features)} and len(share.classes) != 1
+        fits &= len(share.coef) == len(share.intercept) and (not share.classes or len(share.coef) == outputs)
+        if share.prepared is not None and share.prepared.names != share.features:
+            fits = False
+        if not fits or not all(map(math.isfinite, [*chain(*share.coef), *share.intercept])):
             raise LocalError(f"{path} is damaged: its numbers do not fit its features")
         return share

@@ -6,26 +6,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vfl.losses import Vector
+from parties.errors import LocalError
+from vfl.losses import Matrix, Vector
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop: |gradient of F| (2-norm) at most `tolerance`, or after `exchanges` encrypted gradients."""
+    """When to stop: |gradient of F| (2-norm) at most `tolerance`; after `exchanges` encrypted gradients; or before the
+    label holder has `embeddings` independent embeddings of the feature holders' columns."""
 
     tolerance: float
     exchanges: int
+    embeddings: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """Our slice of the weights; `objective` and `gradient_norm` are known to the label holder only (NaN elsewhere)."""
+    """Our slice of the weights (d, m), and at the label holder the intercepts (m,); `objective` and `gradient_norm` are
+    known to the label holder only (NaN elsewhere)."""
 
-    weights: Vector
+    weights: Matrix
+    intercept: Vector
     exchanges: int
     converged: bool
     objective: float = np.nan
     gradient_norm: float = np.nan
+
+
+def check_finite(residual: Matrix, exchange: int) -> None:
+    """Raises LocalError when training has exploded."""
+    if not np.isfinite(residual).all():
+        raise LocalError(f"the loss exploded in exchange {exchange + 1}; use a smaller learning_rate, or standardise")
 
 
 def expected(first: float, now: float, exchange: int, limits: Limits) -> int:

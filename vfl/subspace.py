@@ -1,99 +1,92 @@
 """Subspace minimisation, full batch, for a convex loss: two roles in step. The default solver.
 
-Each exchange adds one direction: the feature holders' gradient, made orthogonal to the earlier directions. The label
-holder has the embeddings of all of them, so it can minimise over its own weights and all directions at once, exactly
-and by itself; the feature holders' weights are the resulting combination (sequential subspace optimisation: Narkiss and
-Zibulevsky 2005; on a quadratic it is the method of conjugate gradients).
+Each exchange adds directions: the feature holders' gradient (D, m), one column an output, made orthogonal to the
+earlier directions and to each other. The label holder has the embeddings of all of them, so it can minimise over its
+own weights and all directions at once, exactly and by itself; the feature holders' weights are the resulting
+combinations (sequential subspace optimisation: Narkiss and Zibulevsky 2005; on a quadratic it is the method of
+conjugate gradients, with m > 1 its block form: O'Leary 1980).
 
-    F(w) = mean loss + penalty / 2 |w|^2, penalty = 1 / (C n), the intercept not penalised: scikit-learn's / (C n).
+    F(w) = mean loss + penalty / 2 |w|^2, the intercept not penalised
 
 D directions, D the number of the feature holders' columns, span everything: then the optimum is reached without one
-exchange more. One exchange: gradient (encrypted), scalar products (masked sums), direction, its embedding (masked sum),
-weights.
+exchange more. One exchange: gradient (encrypted), scalar products (masked sums), directions, their embeddings (masked
+sums), weights.
 """
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 from parties.errors import ProtocolViolation, blame
 from parties.session import Session
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
-from vfl.losses import Logistic, Matrix, Vector
+from vfl.inner import Inner, Problem
+from vfl.leakage.defences import normal
+from vfl.losses import Matrix
 from vfl.messages import LARGEST, Direction, Weights
+from vfl.resume import ANEW, Start
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
 from vfl.solver import Limits, Result, expected
 
-INNER_TOLERANCE = 1e-10  # of the label holder's own minimisation, far below any outer one
+NEW = 1e-14  # of the gradient's square: less than that is no new direction
+FEW_SCORES = 10
 
 
 def label_holder(
     session: Session,
     x: Matrix,
-    y: Vector,
-    alone: LogisticRegression,
+    problem: Problem,
+    inner: Inner,
     limits: Limits,
     end: LabelEnd,
+    start: Start = ANEW,
 ) -> Result:
-    """Train our weights, (d,) and the intercept last where there is one, while every feature holder trains its own.
+    """Train our weights while every feature holder trains its own, from the model of our columns x (n, d) alone.
 
-    x (n, d): our columns; y (n,) in {0, 1}; alone: the model of our columns, where we begin (never at constant scores:
-    those residuals take two values) and whose C and intercept are ours.
+    Where that model gives few different scores (no columns, or binary ones), the first residual is taken at scores that
+    are blurred: a residual of few values makes it easier to take labels from a gradient.
 
     Reveals:
-        To us, per exchange: the sum of the feature holders' embeddings along one more direction, the square of their
-        gradient's norm and its products with earlier directions. With one feature holder these are its own. As many
-        embeddings as these columns have independent directions let us rebuild them up to a linear map; the last
-        exchange adds the square of what was new in the gradient. Choosing coefficients freely gives no more than that.
+        To us, per exchange: the sum of the feature holders' embeddings along at most m more directions, the products of
+        their gradients (m columns) with each other and with earlier directions. With one feature holder these are its
+        own. As many embeddings as these columns have independent directions let us rebuild them up to a linear map; the
+        last exchange adds the products of what was new in the gradient. Choosing coefficients freely gives no more.
         To a feature holder: its own aggregate gradient, its weights as a combination of its earlier gradients, and the
-        norm of all feature holders' gradients together and their products with earlier directions. With two feature
-        holders it can subtract its own part.
+        products of all feature holders' gradients together. With two feature holders it can subtract its own part.
     Raises:
         ProtocolViolation: a peer sent what its step does not allow.
     """
-    n, penalty = len(y), 1 / (alone.C * len(y))
-    model = LogisticRegression(
-        C=alone.C,
-        fit_intercept=alone.fit_intercept,
-        solver="newton-cholesky",
-        tol=INNER_TOLERANCE,
-        max_iter=1000,
-        warm_start=True,
-    )
-    model.coef_, model.intercept_, model.classes_ = alone.coef_, alone.intercept_, alone.classes_
-    known, first = x, 0.0  # our columns, then one embedding a direction
-    for exchange in range(limits.exchanges):
+    n, width = problem.y.shape
+    known = np.column_stack([x, start.arrays.get("embeddings", np.empty((n, 0)))])  # our columns, then the embeddings
+    directions, first = known.shape[1] - x.shape[1], 0.0
+    for exchange in range(start.exchanges, limits.exchanges):
+        weights, intercept = inner.fit(known)
+        own = weights[: x.shape[1]]
         if exchange:
-            model.coef_ = np.append(model.coef_, [[0.0]], axis=1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a minimum that is not exact shows in the gradient's norm, which decides
-            model.fit(known, y)
-        weights, directions = model.coef_[0], exchange
-        if exchange:
-            session.broadcast(Weights(exchange - 1, weights[x.shape[1] :]))
-        scores = known @ weights + model.intercept_[0]
-        residual = Logistic.derivative(scores, y)
+            session.broadcast(Weights(exchange - 1, weights[x.shape[1] :].ravel()))
+        scores = known @ weights + intercept
+        blurred = not exchange and len(np.unique(np.round(scores, 6), axis=0)) < FEW_SCORES
+        residual = problem.residual(scores + normal(scores.shape) if blurred else scores)
         open_gradients(end, residual, exchange)
-        products = sum_scalars(session, directions + 1, exchange)
-        if products[-1] < 0:
+        products = sum_scalars(session, directions * width + width * (width + 1) // 2, exchange)
+        across, square = _unpacked(products, directions, width)
+        if np.diag(square).min() < 0:
             raise ProtocolViolation("the feature holders' scalar products cannot be: a square is negative")
-        ours = x.T @ residual / n + penalty * weights[: x.shape[1]]
-        norm = float(np.sqrt(products[-1] + ours @ ours + (float(residual.mean()) ** 2 if alone.fit_intercept else 0)))
-        across = float(products[-1] - products[:-1] @ products[:-1])  # the square of what is new in the gradient
-        first, converged = first or norm, norm <= limits.tolerance
-        done = converged or across <= max(2.0**-70, 1e-14 * products[-1]) or exchange + 1 == limits.exchanges
+        ours = x.T @ residual / n + problem.penalty * own
+        free = residual.mean(axis=0) if problem.fit_intercept else np.zeros(width)
+        norm = float(np.sqrt(np.trace(square) + (ours**2).sum() + (free**2).sum())) / problem.scale
+        first, converged = first or norm, norm <= limits.tolerance and not blurred
+        new = min(width, limits.embeddings - directions)
+        combination = _orthonormal(across, square, new)
+        done = converged or not combination.shape[1] or exchange + 1 == limits.exchanges
         session.advance(exchange + 1, exchange + 1 if done else expected(first, norm, exchange, limits))
         if done:
             session.broadcast(Direction(exchange, converged, np.empty(0)))
-            objective = Logistic.value(scores, y) + penalty / 2 * float(weights @ weights)
-            own = weights[: x.shape[1]]
-            own = np.append(own, model.intercept_) if alone.fit_intercept else own
-            return Result(own, exchange + 1, converged, objective, norm)
-        session.broadcast(Direction(exchange, False, np.append(products[:-1], -1.0) / np.sqrt(across)))
-        known = np.column_stack([known, sum_embeddings(session, n, exchange)])
+            return Result(own, intercept, exchange + 1, converged, problem.value(scores, weights), norm)
+        session.broadcast(Direction(exchange, False, combination.ravel()))
+        known = np.column_stack([known, sum_embeddings(session, n, exchange, combination.shape[1])])
+        directions += combination.shape[1]
+        start.keep(exchange + 1, {"embeddings": known[:, x.shape[1] :]})
     raise ValueError("limits.exchanges is at least 1")
 
 
@@ -103,46 +96,70 @@ def feature_holder(
     limits: Limits,
     end: FeatureEnd,
     contribution: Contribution,
+    start: Start = ANEW,
 ) -> Result:
-    """Train our weights, (d,), from zero. The mirror of `label_holder`.
+    """Train our weights (d, m) from zero. The mirror of `label_holder`.
 
     Reveals:
-        To the label holder, per exchange: our part of the sum of embeddings along one more direction and of the sums of
-        scalar products; with one feature holder, these themselves. After as many exchanges as the feature holders have
-        columns it can rebuild these columns up to a linear map. `limits.exchanges` bounds that.
+        To the label holder, per exchange: our part of the sum of embeddings along at most m more directions and of the
+        sums of scalar products; with one feature holder, these themselves. After as many embeddings as the feature
+        holders have columns it can rebuild these columns up to a linear map. `limits.embeddings` bounds that.
     Raises:
         ProtocolViolation: the label holder sent what its step does not allow, or does not stop when it must.
     """
-    channel = contribution.label_holder
+    channel, width = contribution.label_holder, end.terms.width
     exact = end.scales.exact(end.x)
-    directions, weights, first = np.empty((exact.shape[1], 0)), np.zeros(exact.shape[1]), 0.0
-    for exchange in range(limits.exchanges):
+    n, d = exact.shape
+    directions, weights, first = start.arrays.get("directions", np.empty((d, 0))), np.zeros((d, width)), 0.0
+    for exchange in range(start.exchanges, limits.exchanges):
+        count = directions.shape[1]
         if exchange:
             combination = channel.receive(Weights)
             with blame(channel.peer):
-                if combination.exchange != exchange - 1 or len(combination.data) != exchange:
+                if combination.exchange != exchange - 1 or len(combination.data) != count * width:
                     raise ValueError("weights of another step or size than is due")
-                weights = directions @ combination.data
+                weights = directions @ combination.data.reshape(count, width)
                 if not np.abs(weights).max() < LARGEST**0.5:
                     raise ValueError("weights that cannot be")
-        gradient = weigh_gradient(end, exchange)[:, 0] / len(exact) + penalty * weights
-        contribution.send_scalars([*(gradient @ directions).tolist(), float(gradient @ gradient)], exchange)
+        gradient = weigh_gradient(end, exchange) / n + penalty * weights
+        upper = np.triu_indices(width)
+        scalars = [*(directions.T @ gradient).ravel(), *(gradient.T @ gradient)[upper]]
+        contribution.send_scalars([float(one) for one in scalars], exchange)
         order = channel.receive(Direction)
+        new, odd = divmod(len(order.data), count + width)
         with blame(channel.peer):
-            if order.exchange != exchange or len(order.data) not in (0, exchange + 1):
+            if order.exchange != exchange or odd or new > min(width, limits.embeddings - count):
                 raise ValueError("a direction of another step or size than is due")
-        done = not len(order.data)
         norm = float(np.linalg.norm(gradient))
         first = first or norm
-        session.advance(exchange + 1, exchange + 1 if done else expected(first, norm, exchange, limits))
-        if done:
-            return Result(weights, exchange + 1, order.converged)
+        session.advance(exchange + 1, expected(first, norm, exchange, limits) if new else exchange + 1)
+        if not new:
+            return Result(weights, np.zeros(width), exchange + 1, order.converged)
         if exchange + 1 == limits.exchanges:
             break
-        direction = np.column_stack([directions, gradient]) @ order.data
+        added = np.column_stack([directions, gradient]) @ order.data.reshape(count + width, new)
         with blame(channel.peer):
-            if not np.linalg.norm(direction) < 1.001:  # ours is part of a vector of length 1
+            if not np.linalg.norm(added, axis=0).max() < 1.001:  # ours is part of vectors of length 1
                 raise ValueError("a direction that cannot be")
-        directions = np.column_stack([directions, direction])
-        contribution.send_embedding(exact @ direction, exchange)
+        directions = np.column_stack([directions, added])
+        contribution.send_embedding(exact @ added, exchange)
+        start.keep(exchange + 1, {"directions": directions})
     raise ProtocolViolation(f"{channel.peer} wants more than {limits.exchanges} exchanges", peer=channel.peer)
+
+
+def _unpacked(products: Matrix, directions: int, width: int) -> tuple[Matrix, Matrix]:
+    """P^T G (directions, m) and G^T G (m, m) from their sums in the order in which they are sent."""
+    across = products[: directions * width].reshape(directions, width)
+    square = np.zeros((width, width))
+    square[np.triu_indices(width)] = products[directions * width :]
+    return across, square + np.triu(square, 1).T
+
+
+def _orthonormal(across: Matrix, square: Matrix, most: int) -> Matrix:
+    """Coefficients (directions + m, r) over [P, G] of new directions, r <= `most`: minus what is new in the gradient,
+    orthogonal to P, orthonormal, the largest first."""
+    values, vectors = np.linalg.eigh(square - across.T @ across)
+    kept = np.argsort(-values)[: max(most, 0)]
+    kept = kept[values[kept] > max(2.0**-70, NEW * np.trace(square))]
+    mixed = vectors[:, kept] / np.sqrt(values[kept])
+    return np.vstack([across @ mixed, -mixed])

@@ -234,12 +234,13 @@ def test_rows_of_one_party_are_told_to_itself_only(run):
         assert found(needles, run, lambda place: not place.startswith("rows.csv")) == []
 
 
-def test_the_model_share_holds_coefficients_and_scaler_and_nothing_else(run):
+def test_the_model_share_holds_coefficients_and_preparation_and_nothing_else(run):
     for name in MARKS:
         share = json.loads(run["left"][f"model.json of {name}"])
         model = run["ended"][name][0].model
         assert set(share) == {
             "colonnade_model",
+            "kind",
             "party",
             "training",
             "agreement",
@@ -250,11 +251,13 @@ def test_the_model_share_holds_coefficients_and_scaler_and_nothing_else(run):
             "classes",
             "exchanges",
             "converged",
-            "scaler",
+            "prepared",
         }
-        assert share["coef"] == model.coef_[0].tolist()
+        assert share["coef"] == model.coef_.tolist()
         assert share["features"] == [f"{name}_a", f"{name}_b"]
-        assert {what: len(values) for what, values in share["scaler"].items()} == {"mean": 2, "scale": 2}
+        number = {"type": "number", "fill": None, "indicator": False, "edges": []}
+        assert share["prepared"].pop("columns") == {f"{name}_a": number, f"{name}_b": number}
+        assert {what: len(values) for what, values in share["prepared"].items()} == {"mean": 2, "scale": 2}
         assert share["params"] == model.get_params()
         assert share["classes"] == ([0.0, 1.0] if name == "bank" else [])
 

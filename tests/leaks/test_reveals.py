@@ -17,7 +17,7 @@ from parties.errors import LocalError
 from parties.memory import outcomes
 from parties.message import parse_header
 from parties.session import Session
-from tests.training import Parts, agreed, fit, kinds, sent, table
+from tests.training import Parts, agreed, fit, kinds, planned, sent, table
 from vfl import subspace
 from vfl.encryption.paillier import SecretKey, generate
 from vfl.encryption.scheme import from_wire
@@ -331,8 +331,7 @@ def test_not_caught_label_holder_chooses_residual(secret):
     stolen: dict[str, Any] = {}
 
     def deviates(session: Session) -> None:
-        model = VerticalLogisticRegression(max_iter=2)
-        plans = model._agree(session, "fit", parts["bank"].to_numpy())
+        plans = planned(session, parts["bank"], max_iter=2)
         holders = {"grocer": plans["grocer"]}
         end = offer_key(session, Terms.of(session.agreement, n, holders, 2), secret)
         open_gradients(end, np.eye(n)[target], 0)

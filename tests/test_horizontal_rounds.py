@@ -1,0 +1,750 @@
+"""The two roles of the horizontal mode: results equal to the pooled rows', whoever drops out; every failure typed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor, Ridge
+from sklearn.preprocessing import StandardScaler
+
+from parties.channel import Channel
+from parties.errors import ColonnadeError, LocalError, PeerAborted, PeerLost, Refused
+from parties.horizontal import Clients, Horizontal, Privacy
+from parties.identity import Identity
+from parties.ledger import Ledger
+from parties.memory import links
+from parties.message import CLASSES
+from vfl.horizontal.client import take_part
+from vfl.horizontal.coordinator import Star, coordinate
+from vfl.horizontal.federated import (
+    FederatedLinearRegression,
+    FederatedLogisticRegression,
+    FederatedPoissonRegressor,
+    train,
+)
+from vfl.horizontal.local import Correction, Objective, Plan, Trained
+from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
+from vfl.horizontal.privacy_budget import PrivacyBudget
+from vfl.horizontal.rounds import Collected
+from vfl.horizontal.strategies import Part, Population, broadcast, client_round, server_round, strategy
+from vfl.horizontal.trainer import Data
+
+NAMES = ("c0", "c1", "c2", "c3")
+KEYS = {name: Identity.generate(name) for name in ("hub", *NAMES)}
+PUBLIC = {name: key.public for name, key in KEYS.items()}
+QUICK = Clients(deadline=2.0)
+
+
+def cancer() -> tuple[np.ndarray, np.ndarray]:
+    x, y = load_breast_cancer(return_X_y=True)
+    return StandardScaler().fit_transform(x), y
+
+
+def dealt(x: np.ndarray, y: np.ndarray, clients: int = 4) -> dict[str, Data]:
+    """Sorted by target: no two clients' rows are alike, and some have one class only."""
+    columns = tuple(f"x{j}" for j in range(x.shape[1]))
+    order = np.array_split(np.argsort(y, kind="stable"), clients)
+    return {f"c{i}": Data(x[rows], y[rows], columns) for i, rows in enumerate(order)}
+
+
+def family(name: str, **given: Any) -> Horizontal:
+    return Horizontal(strategy=name, **{"rounds": 3, "epochs": 2, "batch": 16, "rate": 0.05, **given})
+
+
+@dataclass
+class Table:
+    """A coordinator and its clients in threads; `dies` says at which of its messages a client vanishes."""
+
+    settings: Horizontal
+    parts: Mapping[str, Any]
+    dies: Mapping[str, int] = field(default_factory=dict)
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    client: Callable[[str], Mapping[str, Any]] = lambda name: {}
+    outcomes: dict[str, Any] = field(default_factory=dict)
+    sent: Counter[tuple[str, str]] = field(default_factory=Counter)
+    session: bytes = bytes(range(32))
+
+    def run(self) -> Any:
+        """What the coordinator ends with, also when that is an error; `outcomes` has the clients'."""
+        mesh = links(["hub", *self.parts], self._count)
+        threads = [threading.Thread(target=self._client, args=(mesh, name), daemon=True) for name in self.parts]
+        for thread in threads:
+            thread.start()
+        channels = {name: self._channel(mesh, "hub", name) for name in self.parts}
+        result: Any
+        try:
+            result = coordinate(channels, KEYS["hub"], PUBLIC, self.session, self.settings, **self.hub)
+        except (ColonnadeError, InterruptedError) as error:
+            result = error
+        for name in self.parts:
+            channels[name].abort("error")
+            mesh["hub"][name].leave()
+        for thread in threads:
+            thread.join()
+        return result
+
+    def _count(self, sender: str, receiver: str, header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        self.sent[sender, receiver] += 1
+        return header, payload
+
+    def _channel(self, mesh: Any, me: str, peer: str) -> Channel:
+        ledger = Ledger(KEYS[me], None, frozenset(CLASSES) - ({"plaintext"} if self.settings.secure else set()))
+        ids = {"our_id": PUBLIC[me].key_id, "peer_id": PUBLIC[peer].key_id}
+        made = Channel(mesh[me][peer], peer=peer, ledger=ledger, timeout=20.0, **ids)
+        made.session = self.session
+        return made
+
+    def _client(self, mesh: Any, name: str) -> None:
+        channel, part = self._channel(mesh, name, "hub"), self.parts[name]
+        left, plain = self.dies.get(name, -1), channel.send
+
+        def send(message: Any, timeout: float | None = None) -> None:
+            nonlocal left
+            if left == 0:
+                raise InterruptedError
+            left -= 1
+            plain(message, timeout)
+
+        channel.send = send  # type: ignore[method-assign]
+        rows, model = (part, None) if isinstance(part, Data) else (None, part)
+        try:
+            self.outcomes[name] = take_part(
+                channel, KEYS[name], PUBLIC, self.session, self.settings, rows, model=model, **self.client(name)
+            )
+        except (ColonnadeError, InterruptedError) as error:
+            self.outcomes[name] = error
+            if not isinstance(error, InterruptedError):
+                channel.abort(error.kind if error.kind != "aborted" else "error")
+        mesh[name]["hub"].leave()
+
+
+class Toy:
+    """An own model: its weights move by one a round, unless it is told otherwise."""
+
+    corrects = False
+
+    def __init__(self, rows: int = 10, acts: Mapping[int, Callable[[np.ndarray], np.ndarray]] | None = None) -> None:
+        self.rows, self.acts, self.weights, self.fits = rows, acts or {}, np.zeros(3), 0
+
+    def get(self) -> np.ndarray:
+        return self.weights
+
+    def set(self, weights: np.ndarray) -> None:
+        self.weights = weights.copy()
+
+    def fit_local(self, plan: Plan, correction: Correction, seed: Any) -> Trained:
+        act = self.acts.get(self.fits, lambda weights: weights + 1)
+        self.fits += 1
+        return Trained(act(self.weights), self.rows)
+
+    def evaluate(self) -> Score:
+        return Score(self.rows, float(self.weights[0]), np.nan)
+
+
+def own(**given: Any) -> Horizontal:
+    return Horizontal(model="own", strategy="fedavg", **{"rounds": 4, "clients": QUICK, **given})
+
+
+# ---- the exact method is scikit-learn on the pooled rows
+
+
+def test_exact_logistic_regression_is_scikit_learns_optimum() -> None:
+    x, y = cancer()
+    found = FederatedLogisticRegression(C=0.5).fit(dealt(x, y))
+    oracle = LogisticRegression(C=0.5, solver="newton-cholesky", tol=1e-12, max_iter=1000).fit(x, y)
+    assert type(found) is LogisticRegression
+    np.testing.assert_allclose(found.coef_, oracle.coef_, atol=1e-5)
+    np.testing.assert_allclose(found.intercept_, oracle.intercept_, atol=1e-5)
+    assert found.score(x, y) == oracle.score(x, y)
+
+
+def test_three_classes_with_text_labels_and_a_federated_scaler() -> None:
+    x, y = load_wine(return_X_y=True)
+    y = np.array(["barolo", "grignolino", "barbera"])[y]
+    found = FederatedLogisticRegression(standardise=True).fit(dealt(x, y, 3))
+    oracle = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(StandardScaler().fit_transform(x), y)
+    np.testing.assert_allclose(
+        found.predict_proba(x), oracle.predict_proba(StandardScaler().fit_transform(x)), atol=1e-5
+    )
+    np.testing.assert_allclose(found.steps[0][1].mean_, x.mean(axis=0), rtol=1e-9)
+    assert (found.predict(x) == oracle.predict(StandardScaler().fit_transform(x))).all()
+
+
+def test_exact_linear_and_poisson_regression() -> None:
+    x, y = load_diabetes(return_X_y=True)
+    x, y = x * 10, y / 100
+    counts = np.random.default_rng(0).poisson(np.exp(x @ np.linspace(-1, 1, 10) / 5))
+    plain = FederatedLinearRegression().fit(dealt(x, y))
+    np.testing.assert_allclose(plain.coef_, LinearRegression().fit(x, y).coef_, atol=1e-5)
+    ridge = FederatedLinearRegression(alpha=3.0).fit(dealt(x, y))
+    np.testing.assert_allclose(ridge.coef_, Ridge(alpha=3.0).fit(x, y).coef_, atol=1e-6)
+    poisson = FederatedPoissonRegressor(alpha=0.1).fit(dealt(x, counts))
+    oracle = PoissonRegressor(alpha=0.1, solver="newton-cholesky", tol=1e-12).fit(x, counts)
+    np.testing.assert_allclose(poisson.coef_, oracle.coef_, atol=1e-5)
+
+
+# ---- the family
+
+
+def gradient_descent(x: np.ndarray, y: np.ndarray, rounds: int, rate: float, C: float = 1.0) -> np.ndarray:
+    """Of the mean log loss + |w|^2 / (2 C n), in plain numpy."""
+    weights = np.zeros(x.shape[1] + 1)
+    for _ in range(rounds):
+        residual = 1 / (1 + np.exp(-(x @ weights[:-1] + weights[-1]))) - y
+        gradient = np.append(x.T @ residual / len(y) + weights[:-1] / (C * len(y)), residual.mean())
+        weights = weights - rate * gradient
+    return weights
+
+
+@pytest.mark.parametrize("secure", ["on", "none"])
+def test_fedsgd_and_one_local_step_of_fedavg_are_gradient_descent_on_all_rows(secure: Any) -> None:
+    x, y = cancer()
+    centralised = gradient_descent(x, y, 5, 0.5)
+    sgd = train(dealt(x, y), family("fedsgd", rounds=5, parameters={"rate": 0.5}, secure_aggregation=secure))
+    one = train(dealt(x, y), family("fedavg", rounds=5, epochs=1, batch=0, rate=0.5, secure_aggregation=secure))
+    np.testing.assert_allclose(sgd.weights, centralised, atol=1e-10)
+    np.testing.assert_allclose(one.weights, centralised, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "feddyn", "scaffold", "fedadam", "fedprox"])
+def test_the_roles_add_nothing_to_the_strategy(name: str) -> None:
+    """Against the same pure steps, called one after another."""
+    x, y = cancer()
+    parts, chosen, plan = dealt(x, y), strategy(name), Plan(2, 16, 0.05)
+    models = [
+        LinearModel(Objective("logistic", 30, penalty=1 / len(y)), p.x, p.y.astype(float)) for p in parts.values()
+    ]
+    part, population = Part.whole(31), Population(4, len(y))
+    server, states = chosen.server(np.zeros(31)), [chosen.client(31) for _ in models]
+    for number in range(3):
+        received, total = broadcast(chosen, part, server), np.zeros(0)
+        for k, model in enumerate(models):
+
+            def fit(start: Any, correction: Any, model: Any = model, seed: Any = (0, number, k)) -> Trained:
+                model.set(start)
+                return model.fit_local(plan, correction, seed)
+
+            share = population.share(model.rows)
+            message, states[k], _ = client_round(chosen, part, received, model.get(), states[k], share, fit)
+            total = total + message if len(total) else message
+        server = server_round(chosen, part, server, total, population)
+    for secure in ("on", "none"):
+        outcome = train(parts, family(name, secure_aggregation=secure))
+        np.testing.assert_allclose(outcome.weights, server["weights"], atol=1e-9)
+        assert [one.clients for one in outcome.rounds] == [NAMES] * 3
+
+
+def test_every_client_has_the_model_and_its_own_scores() -> None:
+    x, y = cancer()
+    table = Table(Horizontal(), dealt(x, y))
+    outcome = table.run()
+    for name, one in table.outcomes.items():
+        np.testing.assert_array_equal(one.model.coef_, outcome.model.coef_)
+        assert one.clients[name].after == outcome.clients[name].after
+    assert outcome.rounds[0].loss == pytest.approx(np.log(2))
+    losses = {name: one.after.loss for name, one in outcome.clients.items()}
+    assert outcome.worst == max(losses, key=lambda name: losses[name])
+    assert outcome.spread == pytest.approx(max(losses.values()) - min(losses.values()))
+    assert outcome.facts()["clients"]["c0"]["contribution"] is None
+
+
+def test_scores_on_rows_kept_from_training() -> None:
+    x, y = cancer()
+    whole = train(dealt(x, y), Horizontal(test_fraction=0.25))
+    assert sum(one.after.rows for one in whole.clients.values()) == pytest.approx(len(y) / 4, abs=2)
+
+
+def test_the_coordinator_may_be_a_client_itself() -> None:
+    x, y = cancer()
+    parts = dealt(x, y)
+    table = Table(Horizontal(), {name: parts[name] for name in NAMES[1:]}, hub={"own": parts["c0"]})
+    outcome = table.run()
+    np.testing.assert_allclose(outcome.weights, train(parts, Horizontal()).weights, atol=1e-9)
+    assert outcome.rounds[0].clients == ("hub", "c1", "c2", "c3")
+
+
+# ---- who drops out
+
+
+@pytest.mark.parametrize("message", range(1, 14))
+def test_whenever_a_client_vanishes_the_others_finish(message: int) -> None:
+    """Its messages: Table, then Ready and five steps of a sum, its score, and so on; the last of them in round 0."""
+    table = Table(own(), {name: Toy() for name in NAMES}, dies={"c2": 1 + message})
+    outcome = table.run()
+    np.testing.assert_allclose(outcome.weights, 4.0)
+    np.testing.assert_array_equal([table.outcomes[name].weights for name in ("c0", "c1", "c3")], [outcome.weights] * 3)
+    assert isinstance(table.outcomes["c2"], InterruptedError)
+    assert all("c2" in one.missing for one in outcome.rounds[1:])
+
+
+def test_below_its_quorum_a_round_stops_and_names_who_is_missing() -> None:
+    settings = own(clients=Clients(deadline=0.3))
+    table = Table(settings, {name: Toy() for name in NAMES}, dies={"c1": 9, "c3": 9})
+    with pytest.raises(PeerLost, match=r"round 0, train: 2 clients are left, 3 are needed; missing: c1: .*; c3: "):
+        raise table.run()
+
+
+def test_when_every_client_fails_the_job_fails() -> None:
+    def fails(weights: np.ndarray) -> np.ndarray:
+        raise LocalError("the client's own reason")
+
+    table = Table(own(), {name: Toy(acts={1: fails}) for name in NAMES})
+    with pytest.raises(PeerLost, match=r"round 1, train: 0 clients are left.*c0: it could not train"):
+        raise table.run()
+    assert "the client's own reason" in str(table.outcomes["c0"])
+
+
+def test_a_late_client_misses_its_round_and_comes_back() -> None:
+    def sleeps(weights: np.ndarray) -> np.ndarray:
+        time.sleep(0.6)
+        return weights + 1
+
+    settings = Horizontal(
+        model="own", strategy="fedavg", rounds=8, clients=Clients(deadline=0.4), secure_aggregation="none"
+    )
+    parts = {name: Toy(acts={1: sleeps} if name == "c0" else {}) for name in NAMES}
+    for other in NAMES[1:]:
+        parts[other].acts = {n: lambda w: (time.sleep(0.1), w + 1)[1] for n in range(2, 8)}
+    outcome = Table(settings, parts).run()
+    present = ["c0" in one.clients for one in outcome.rounds]
+    assert present[0] and not present[1] and present[-1]
+    assert "sent nothing" in outcome.rounds[1].missing["c0"]
+    assert outcome.gone == ()
+
+
+def test_updates_that_are_not_finite_are_left_out_by_name() -> None:
+    parts = {name: Toy(acts={1: lambda weights: weights * np.nan} if name == "c1" else {}) for name in NAMES}
+    outcome = Table(own(), parts).run()
+    assert outcome.rounds[1].missing == {"c1": "its numbers are not finite"}
+    assert outcome.rounds[2].clients == NAMES
+    np.testing.assert_allclose(outcome.weights, 4.0)
+
+
+def test_large_numbers_widen_the_fixed_point_and_too_large_ones_are_left_out() -> None:
+    parts = {name: Toy(acts={0: lambda weights: weights + 1e9}) for name in NAMES}
+    np.testing.assert_allclose(Table(own(rounds=1), parts).run().weights, 1e9)
+    parts = {name: Toy(acts={0: lambda weights: weights + 1e30} if name == "c3" else {}) for name in NAMES}
+    outcome = Table(own(rounds=1), parts).run()
+    assert outcome.rounds[0].missing == {"c3": "its numbers exceed 2^40"}
+
+
+@pytest.mark.parametrize("secure", ["on", "none"])
+def test_a_rate_that_diverges_stops_with_the_round(secure: Any) -> None:
+    x, y = load_diabetes(return_X_y=True)
+    settings = Horizontal(
+        model="linear", strategy="fedavg", rate=1e60, rounds=20, secure_aggregation=secure, clients=QUICK
+    )
+    with pytest.raises(LocalError, match=r"^round [0-9]+: training diverges"):
+        train(dealt(x, y), settings)
+
+
+def test_clients_are_chosen_as_agreed() -> None:
+    x, y = cancer()
+    settings = family("fedavg", clients=Clients(fraction=0.75), rounds=6)
+    rounds = train(dealt(x, y), settings).rounds
+    assert {len(one.clients) for one in rounds} == {3}
+    assert len({one.clients for one in rounds}) > 1
+    again = train(dealt(x, y), settings).rounds
+    assert [one.clients for one in again] == [one.clients for one in rounds]
+    parts = dealt(x, y)
+    parts["c1"] = parts["c1"].rows(np.arange(0))
+    by_rows = family("fedavg", clients=Clients(fraction=0.75, selection="rows"), rounds=3)
+    assert all("c1" not in one.clients for one in train(parts, by_rows).rounds)
+
+
+# ---- tables that do not go together
+
+
+def unlike(what: str) -> dict[str, Data]:
+    x, y = cancer()
+    parts = dealt(x, y)
+    odd = parts["c2"]
+    names, given = list(odd.names), {}
+    if what == "column":
+        names[3] = "income"
+    if what == "order":
+        names[3], names[4] = names[4], names[3]
+    if what == "unit":
+        given = {"units": {"x1": "EUR"}}
+    if what == "dtype":
+        given = {"dtypes": {"x1": "int64"}}
+    if what == "classes":
+        given = {"classes": (0, 1, 2)}
+        parts["c0"] = Data(parts["c0"].x, parts["c0"].y, parts["c0"].names, (0, 1))
+    parts["c2"] = Data(odd.x, odd.y, tuple(names), **given)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("what", "difference"),
+    [
+        ("column", "no column 'x3'"),
+        ("order", "the columns in another order, from 'x3' on"),
+        ("unit", "unit 'EUR' of column 'x1' instead of None"),
+        ("dtype", "dtype 'int64' of column 'x1' instead of None"),
+        ("classes", "3 declared classes that are not the same 2"),
+    ],
+)
+def test_tables_that_differ_are_refused_before_training(what: str, difference: str) -> None:
+    table = Table(Horizontal(), unlike(what))
+    error = table.run()
+    assert isinstance(error, Refused)
+    assert error.peer == "c2"
+    assert str(error).startswith(f"c2 has {difference}")
+    assert isinstance(table.outcomes["c2"], Refused)
+    assert difference in str(table.outcomes["c2"])
+    assert isinstance(table.outcomes["c0"], PeerAborted)
+    assert table.sent["c0", "hub"] <= 2
+
+
+def test_a_client_without_rows_or_with_one_class_trains_unless_the_minimum_refuses_it() -> None:
+    x, y = cancer()
+    parts = dealt(x, y)
+    parts["c3"] = parts["c3"].rows(np.arange(0))
+    keep = np.concatenate([parts[name].x for name in NAMES]), np.concatenate([parts[name].y for name in NAMES])
+    oracle = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(*keep)
+    np.testing.assert_allclose(FederatedLogisticRegression().fit(parts).coef_, oracle.coef_, atol=1e-5)
+    for minimum in (Clients(minimum_rows=1), Clients(minimum_classes=2)):
+        with pytest.raises(Refused, match=r"fewer (rows|classes) than the agreed minimum"):
+            train(parts, Horizontal(clients=minimum))
+
+
+def test_labels_beyond_the_agreed_classes_are_the_clients_own_error() -> None:
+    x, y = cancer()
+    with pytest.raises(LocalError, match="are none of the 2 agreed classes"):
+        train(dealt(x, y + 1), Horizontal(classes=(0, 1)))
+
+
+# ---- what the agreement refuses
+
+TWO = {"secure_aggregation": "none"}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"strategy": "fedavg", "compression": "8bit"}, "no sum under masks"),
+        ({"strategy": "fedavg", "robust": "median"}, "each client's own update"),
+        ({"leave_one_out": True}, "by difference"),
+        ({"model": "own"}, "an own model needs another"),
+        ({"degree": 3}, "even"),
+        ({"strategy": "fedavg", "robust": "krum", **TWO}, "needs poisoned"),
+        ({"strategy": "feddyn", "privacy": Privacy(level="client", rows=9), "classes": (0, 1)}, "averaging strategies"),
+        ({"strategy": "fedavg", "privacy": Privacy(level="record", rows=9), "classes": (0, 1)}, "each example"),
+        ({"strategy": "fedavg", "privacy": Privacy(level="client"), "classes": (0, 1)}, "a public number of rows"),
+        (
+            {"strategy": "fedavg", "privacy": Privacy(level="client", rows=9), "classes": (0, 1), **TWO},
+            "hide only the sum",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Horizontal(**given)
+
+
+@pytest.mark.parametrize(
+    ("clients", "settings", "reason"),
+    [
+        (2, Horizontal(), "protects nothing with 2 clients"),
+        (4, Horizontal(clients=Clients(quorum=5)), "a quorum of 5 where 4"),
+        (4, Horizontal(clients=Clients(quorum=2)), "no majority"),
+        (4, Horizontal(degree=4), "a degree of 4"),
+    ],
+)
+def test_too_few_clients_for_what_was_agreed(clients: int, settings: Horizontal, reason: str) -> None:
+    x, y = cancer()
+    with pytest.raises(Refused, match=reason):
+        train(dealt(x, y, clients), settings)
+
+
+def test_two_clients_train_without_secure_aggregation() -> None:
+    x, y = cancer()
+    found = FederatedLogisticRegression(secure_aggregation="none").fit(dealt(x, y, 2))
+    oracle = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(x, y)
+    np.testing.assert_allclose(found.coef_, oracle.coef_, atol=1e-5)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedavgm", "exact"])
+def test_killed_and_restarted_training_ends_where_undisturbed_training_does(name: str, tmp_path: Path) -> None:
+    x, y = cancer()
+    settings, parts = family(name, rounds=6), dealt(x, y)
+    folders = {who: tmp_path / who for who in ("hub", *NAMES)}
+    for folder in folders.values():
+        folder.mkdir()
+
+    def killed(phase: str, done: int, total: int) -> None:
+        if done == 3:
+            raise InterruptedError
+
+    stores = {"client": lambda who: {"folder": folders[who]}}
+    hub = {"folder": folders["hub"]}
+    first = Table(settings, parts, hub={**hub, "progress": killed}, **stores).run()
+    assert isinstance(first, InterruptedError)
+    again = Table(settings, parts, hub=hub, session=bytes(32), **stores).run()
+    undisturbed = Table(settings, parts).run()
+    np.testing.assert_array_equal(again.weights, undisturbed.weights)
+    assert [one.number for one in again.rounds] == [one.number for one in undisturbed.rounds]
+
+
+@pytest.mark.parametrize("secure", ["on", "none"])
+def test_a_sum_that_the_coordinator_has_saved_counts_for_clients_that_never_heard(
+    secure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies between its checkpoint and the confirmation: SCAFFOLD's control variates must still agree."""
+    x, y = cancer()
+    settings, parts = family("scaffold", rounds=4, secure_aggregation=secure), dealt(x, y)
+    for who in ("hub", *NAMES):
+        (tmp_path / who).mkdir()
+    stores = {"client": lambda who: {"folder": tmp_path / who}, "hub": {"folder": tmp_path / "hub"}}
+
+    def dies(star: Star, collected: Collected) -> None:
+        if star.task.stage == "train" and star.task.round == 2:
+            raise InterruptedError
+        confirm(star, collected)
+
+    confirm = Star.confirm
+    monkeypatch.setattr(Star, "confirm", dies)
+    assert isinstance(Table(settings, parts, **stores).run(), InterruptedError)
+    monkeypatch.undo()
+    again = Table(settings, parts, session=bytes(32), **stores).run()
+    np.testing.assert_array_equal(again.weights, Table(settings, parts).run().weights)
+
+
+def test_checkpoints_that_are_damaged_or_of_another_job_are_refused(tmp_path: Path) -> None:
+    x, y = cancer()
+    Table(family("fedavg", rounds=1), dealt(x, y), hub={"folder": tmp_path}).run()
+    with pytest.raises(LocalError, match="of another job"):
+        raise Table(family("fedavg", rounds=2), dealt(x, y), hub={"folder": tmp_path}).run()
+    file = tmp_path / "coordinator.checkpoint"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(LocalError, match="damaged"):
+        raise Table(family("fedavg", rounds=1), dealt(x, y), hub={"folder": tmp_path}).run()
+
+
+# ---- compression, robustness, contributions
+
+
+@pytest.mark.parametrize(("how", "least"), [("8bit", 4), ("4bit", 5), ("topk:0.25", 2)])
+def test_compression_saves_bytes_and_still_learns(how: str, least: float) -> None:
+    x, y = load_wine(return_X_y=True)
+    x = np.hstack([StandardScaler().fit_transform(x), np.random.default_rng(0).normal(size=(len(y), 200))])
+    plain = train(dealt(x, y), family("fedavg", secure_aggregation="none", rounds=8))
+    packed = train(dealt(x, y), family("fedavg", secure_aggregation="none", rounds=8, compression=how))
+    assert packed.rounds[-1].bytes * least < plain.rounds[-1].bytes
+    assert packed.rounds[-1].loss < 0.9 * packed.rounds[0].loss
+
+
+@pytest.mark.parametrize("robust", ["median", "trimmed_mean", "krum", "multi_krum"])
+def test_sign_flipping_clients_ruin_the_mean_and_not_the_robust_rules(robust: Any) -> None:
+    x, y = cancer()
+    order = np.random.default_rng(0).permutation(len(y))
+    x, y = x[order], y[order]
+
+    class Flipping(LinearModel):
+        def fit_local(self, plan: Plan, correction: Correction, seed: Any) -> Trained:
+            trained = super().fit_local(plan, correction, seed)
+            return Trained(-10 * trained.weights, trained.rows, trained.steps, trained.length)
+
+    def models(bad: int) -> dict[str, Any]:
+        kinds = [Flipping] * bad + [LinearModel] * (10 - bad)
+        split = np.array_split(np.arange(len(y)), 10)
+        return {
+            f"m{i}": kind(Objective("logistic", 30), x[r], y[r] * 1.0)
+            for i, (kind, r) in enumerate(zip(kinds, split, strict=True))
+        }
+
+    def accuracy(bad: int, rule: Any) -> float:
+        settings = family(
+            "fedavg",
+            model="own",
+            rounds=5,
+            secure_aggregation="none",
+            robust=rule,
+            poisoned=2,
+            clients=Clients(deadline=20),
+        )
+        weights = train(models(bad), settings).weights
+        return float(np.mean((x @ weights[:-1] + weights[-1] > 0) == y))
+
+    honest = accuracy(0, "mean")
+    assert accuracy(2, "mean") < honest - 0.3
+    assert accuracy(2, robust) > honest - 0.03
+
+
+def test_the_norm_bound_also_holds_under_secure_aggregation() -> None:
+    parts = {name: Toy(acts={0: lambda weights: weights + 1e6} if name == "c0" else {}) for name in NAMES}
+    bounded = Table(own(rounds=1, robust="norm_bound", norm_bound=np.sqrt(3)), parts).run()
+    np.testing.assert_allclose(bounded.weights, 1.0)
+
+
+def test_what_a_client_contributes_is_the_others_loss_without_it_less_with_it() -> None:
+    """One round against the same local training, averaged with and without each client in plain numpy."""
+    x, y = cancer()
+    order = np.random.default_rng(1).permutation(len(y))
+    parts = dealt(x[order], np.arange(len(y)))
+    parts = {name: Data(p.x, y[order][p.y] ^ (name == "c3"), p.names) for name, p in parts.items()}
+    parts["c3"] = parts["c3"].rows(np.arange(30))
+    rows = {name: len(p.y) for name, p in parts.items()}
+    models = {
+        name: LinearModel(Objective("logistic", 30, penalty=1 / sum(rows.values())), p.x, p.y.astype(float))
+        for name, p in parts.items()
+    }
+    local = {
+        n: m.fit_local(Plan(2, 16, 0.05), Correction(), (0, 0, k)).weights for k, (n, m) in enumerate(models.items())
+    }
+
+    def loss(weights: np.ndarray, judges: list[str]) -> float:
+        values = []
+        for name in judges:
+            models[name].set(weights)
+            values.append(models[name].evaluate().loss)
+        return float(np.average(values, weights=[rows[name] for name in judges]))
+
+    def mean(names: list[str]) -> np.ndarray:
+        return np.average([local[name] for name in names], axis=0, weights=[rows[name] for name in names])
+
+    outcome = train(parts, family("fedavg", rounds=1, secure_aggregation="none", leave_one_out=True))
+    given = {name: one.contribution for name, one in outcome.clients.items()}
+    for name in NAMES:
+        others = [other for other in NAMES if other != name]
+        assert given[name] == pytest.approx(loss(mean(others), others) - loss(mean(list(NAMES)), others), rel=1e-9)
+    assert min(given, key=lambda name: given[name]) == "c3"  # whose labels are wrong
+
+
+# ---- privacy
+
+
+def private(**given: Any) -> Horizontal:
+    told = {"level": "client", "epsilon": 5.0, "rows": 569} | given
+    return Horizontal(
+        strategy="fedsgd" if told["level"] == "record" else "fedavg",
+        classes=(0, 1),
+        rounds=3,
+        epochs=1,
+        batch=0,
+        privacy=Privacy(**told),
+        secure_aggregation="on" if told.get("noise", "distributed") == "distributed" else "none",
+    )
+
+
+@pytest.mark.parametrize("noise", ["central", "local", "distributed"])
+@pytest.mark.parametrize("level", ["client", "record"])
+def test_private_training_without_much_noise_is_clipped_training(noise: Any, level: Any) -> None:
+    """At an epsilon of a million the noise is small against the tolerance, and clipping at 100 clips nothing."""
+    x, y = cancer()
+    outcome = train(dealt(x, y), private(noise=noise, level=level, epsilon=1e9, clip=100.0))
+    if level == "record":
+        expected = gradient_descent(x, y, 3, 0.1)
+    else:
+        expected = np.zeros(31)
+        for _ in range(3):
+            steps = []
+            for part in dealt(x, y).values():
+                chances = 1 / (1 + np.exp(-(part.x @ expected[:-1] + expected[-1])))
+                slope = part.x.T @ (chances - part.y) / len(part.y) + expected[:-1] / 569
+                steps.append(-0.1 * np.append(slope, np.mean(chances - part.y)))
+            expected = expected + np.mean(steps, axis=0)
+    np.testing.assert_allclose(outcome.weights, expected, atol=0.05)
+    assert np.isnan(outcome.rounds[0].loss)
+    assert outcome.clients["c0"].after.rows == 0
+
+
+def test_noise_is_as_large_as_agreed() -> None:
+    """With no rows at any client nothing but noise is left: sigma = clip * multiplier / clients asked."""
+    from vfl.horizontal.accounting import noise_multiplier
+
+    parts = {f"c{i}": Data(np.empty((0, 400)), np.empty(0, int), tuple(f"x{j}" for j in range(400))) for i in range(4)}
+    settings = private(noise="central", rows=9)
+    weights = train(parts, settings).weights
+    sigma = noise_multiplier(5.0, 1e-5, 3 + 2) / 4 * np.sqrt(3)
+    assert np.std(weights) == pytest.approx(sigma, rel=0.2)
+
+
+def test_the_budget_is_charged_before_every_release_and_stops_the_run(tmp_path: Path) -> None:
+    x, y = cancer()
+    settings = private(noise="local")
+    books = {name: PrivacyBudget(tmp_path / name, KEYS[name]) for name in NAMES}
+    table = Table(settings, dealt(x, y), client=lambda name: {"budget": books[name], "purpose": "risk"})
+    table.run()
+    spent = books["c0"].spent("risk").total(1e-5)
+    assert 0 < spent <= 5.0
+    with pytest.raises(PeerLost, match="its privacy budget is used up"):
+        raise table.run()
+    assert books["c0"].spent("risk").total(1e-5) <= 5.0 * (1 + 1e-9)
+
+
+# ---- own models
+
+
+def test_clients_written_for_flower_run_unchanged() -> None:
+    class Client:
+        def __init__(self, target: float) -> None:
+            self.target = target
+
+        def get_parameters(self, config: Any) -> list[np.ndarray]:
+            return [np.zeros((2, 2), np.float32), np.zeros(1)]
+
+        def fit(self, parameters: list[np.ndarray], config: Any) -> tuple[list[np.ndarray], int, dict[str, Any]]:
+            return [part + (self.target - part) / 2 for part in parameters], 5, {}
+
+        def evaluate(self, parameters: list[np.ndarray], config: Any) -> tuple[float, int, dict[str, Any]]:
+            return float(abs(parameters[1][0] - self.target)), 5, {"accuracy": 0.5}
+
+    models = {f"c{i}": FlowerClient(Client(float(i))) for i in range(4)}
+    outcome = train(models, Horizontal(model="own", strategy="fedavg", rounds=30))
+    np.testing.assert_allclose(outcome.weights, 1.5, atol=1e-6)
+    assert outcome.clients["c0"].after.loss == pytest.approx(1.5)
+    np.testing.assert_allclose(models["c2"].get(), outcome.weights)
+
+
+def test_a_personal_head_stays_with_its_client() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(torch.tanh(self.body(x)))[:, 0]
+
+    torch.manual_seed(0)
+    x = torch.randn(40, 2)
+    models = {f"c{i}": TorchModel(Net(), torch.nn.functional.mse_loss, x, x[:, 0] * (i - 1)) for i in range(4)}
+    start = next(iter(models.values())).get()[:9]
+    settings = Horizontal(model="own", strategy="fedavg", rounds=15, epochs=5, personal="head.")
+    outcome = train(models, settings, start=start)
+    assert len(outcome.weights) == 9
+    vectors = np.array([model.get() for model in models.values()])
+    np.testing.assert_allclose(vectors[:, :9], np.tile(outcome.weights, (4, 1)), rtol=1e-6)
+    assert np.ptp(vectors[:, 9:], axis=0).min() > 0
+    assert all(one.after.loss < one.before.loss for name, one in outcome.clients.items() if name in ("c0", "c3"))
+
+
+def test_fine_tuning_is_for_the_client_alone() -> None:
+    x, y = cancer()
+    table = Table(family("fedavg", fine_tune=3), dealt(x, y))
+    outcome = table.run()
+    tuned = [one.model.coef_ for one in table.outcomes.values()]
+    assert all(np.abs(coef - outcome.model.coef_).max() > 1e-3 for coef in tuned)
+
+
+def test_federated_dropout_sends_fewer_columns() -> None:
+    x, y = cancer()
+    outcome = train(dealt(x, y), family("fedavg", keep=0.5, rounds=8))
+    whole = train(dealt(x, y), family("fedavg", rounds=8))
+    assert outcome.rounds[0].bytes < 0.7 * whole.rounds[0].bytes
+    assert outcome.rounds[-1].loss < 0.5 * outcome.rounds[0].loss

@@ -1,0 +1,80 @@
+"""A training that was interrupted goes on from the last state that all parties have, to the same result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parties.errors import LocalError
+from parties.memory import outcomes
+from parties.session import Session
+from tests.training import agreed, table
+from vfl.linear import VerticalLogisticRegression
+from vfl.resume import Checkpoints
+
+JOB = b"j" * 32
+
+
+def train(
+    folder: Path, *, stop_at: dict[str, int] | None = None, resume: bool = False, **params: Any
+) -> dict[str, Any]:
+    """All parties' models, or what stopped them; `stop_at` kills a party in place of its n-th checkpoint."""
+    parts, y = table(3, 100)
+
+    class Dies(Checkpoints):
+        def __init__(self, name: str) -> None:
+            super().__init__(folder / name, JOB, every=2)
+            (folder / name).mkdir(exist_ok=True)
+            self._left = (stop_at or {}).get(name, 10**9)
+
+        def keep(self, exchanges: int, arrays: Any) -> None:
+            super().keep(exchanges, arrays)
+            if exchanges >= self._left:
+                raise LocalError("killed")
+
+    def role(session: Session) -> Any:
+        target = y if session.is_label_holder else None
+        model = VerticalLogisticRegression(**params)
+        checkpoints = Dies(session.name)
+        return model.fit(parts[session.name], target, session=session, checkpoints=checkpoints, resume=resume)
+
+    tables = {"encryption": {"scheme": "lattice"}, "model": {"allow_reconstruction": True}}
+    return outcomes(dict.fromkeys(parts, role), **agreed(list(parts), **tables))
+
+
+@pytest.mark.parametrize("params", [{}, {"solver": "sgd", "batch_size": 25, "epochs": 4}], ids=["subspace", "sgd"])
+@pytest.mark.parametrize("killed", [{"bank": 4}, {"grocer": 4}, {"mobile": 5, "bank": 6}, {"grocer": 1}])
+def test_it_ends_with_the_model_of_an_undisturbed_run(tmp_path, params, killed):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    whole = train(tmp_path / "a", **params)
+    broken = train(tmp_path / "b", stop_at=killed, **params)
+    assert all(isinstance(outcome, Exception) for outcome in broken.values())
+    resumed = train(tmp_path / "b", resume=True, **params)
+    for name, model in whole.items():
+        np.testing.assert_allclose(resumed[name].coef_, model.coef_, atol=1e-6)
+        assert (resumed[name].n_iter_, resumed[name].converged_) == (model.n_iter_, model.converged_)
+        assert not list((tmp_path / "b" / name).iterdir())  # a training that has ended leaves no state
+
+
+def test_a_state_of_another_job_and_a_damaged_one_are_refused(tmp_path):
+    kept = Checkpoints(tmp_path, JOB, every=1)
+    kept.keep(1, {"directions": np.eye(3)})
+    assert kept.kept() == [1]
+    with pytest.raises(LocalError, match="of another job"):
+        Checkpoints(tmp_path, b"k" * 32).kept()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(LocalError, match="damaged"):
+        kept.kept()
+
+
+def test_two_states_are_kept_whatever_happens(tmp_path):
+    kept = Checkpoints(tmp_path, JOB, every=2)
+    for exchanges in range(1, 10):
+        kept.keep(exchanges, {"weights": np.arange(3.0)})
+    assert kept.kept() == [6, 8]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.iterdir())

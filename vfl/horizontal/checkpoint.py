@@ -1,0 +1,60 @@
+"""Where a role stood after a round, as a file: written whole, read without running anything, float64 exact."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from parties.errors import LocalError
+from parties.files import read_bytes, write_whole
+from parties.message import Array
+
+_NAME = b"colonnade/checkpoint/1"
+
+
+class _Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    dtype: Literal["<f8", "<i8", "|u1"]
+    shape: tuple[Annotated[int, Meta(ge=0)], ...]
+    data: bytes
+
+
+class Checkpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """job: the digest of what was agreed; facts: plain values; arrays: the state."""
+
+    job: bytes
+    facts: dict[str, Any]
+    numbers: dict[str, _Numbers]
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        return {name: np.frombuffer(n.data, n.dtype).reshape(n.shape).copy() for name, n in self.numbers.items()}
+
+
+def write_checkpoint(path: Path, job: bytes, facts: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """Replace the file. Raises LocalError when it cannot be written."""
+    numbers = {name: _Numbers(array.dtype.str, array.shape, array.tobytes()) for name, array in arrays.items()}  # type: ignore[arg-type]
+    body = msgspec.msgpack.encode(Checkpoint(job, dict(facts), numbers))
+    write_whole(path, hashlib.sha256(_NAME + body).digest() + body, mode=0o600)
+
+
+def read_checkpoint(path: Path, job: bytes) -> Checkpoint | None:
+    """The file, or None where there is none. Raises LocalError: it is damaged, or of another job."""
+    if not path.exists():
+        return None
+    raw = read_bytes(path, "the checkpoint")
+    try:
+        if hashlib.sha256(_NAME + raw[32:]).digest() != raw[:32]:
+            raise ValueError
+        found = msgspec.msgpack.decode(raw[32:], type=Checkpoint)
+        found.arrays  # noqa: B018  (shapes that do not fit their bytes)
+    except (msgspec.MsgspecError, ValueError):
+        raise LocalError(f"{path} is no checkpoint, or is damaged; remove it to begin anew") from None
+    if found.job != job:
+        raise LocalError(f"{path} is of another job; choose another folder, or remove it to begin anew")
+    return found

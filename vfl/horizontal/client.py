@@ -1,0 +1,225 @@
+"""A client: it answers the coordinator's tasks, one after another, and keeps what it learnt once a sum has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from parties.channel import Channel
+from parties.errors import ColonnadeError, LocalError, PeerAborted, Refused, blame
+from parties.horizontal import Horizontal
+from parties.identity import Identity, PublicIdentity
+from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
+from vfl.horizontal.context import Context, Quantisation
+from vfl.horizontal.models import Model, Score
+from vfl.horizontal.outcome import Client, Outcome, Round
+from vfl.horizontal.privacy_budget import PrivacyBudget
+from vfl.horizontal.round_messages import (
+    DECLINED,
+    OVER_BUDGET,
+    Admission,
+    Packed,
+    Ready,
+    Scores,
+    Table,
+    Task,
+    Turn,
+    Update,
+)
+from vfl.horizontal.secure_aggregation import contribute
+from vfl.horizontal.settings import Job, Schema, Spending
+from vfl.horizontal.trainer import Data, Trainer, describe
+
+NAME = "client.checkpoint"
+
+
+class Hall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a client is told when it is admitted: what all tables look like, its place among so many clients, the round
+    that comes next, and whether the one before has its message."""
+
+    schema: Schema
+    clients: int
+    place: int
+    round: int = 0
+    counted: bool = False
+
+
+def take_part(
+    channel: Channel,
+    me: Identity,
+    identities: Mapping[str, PublicIdentity],
+    session_id: bytes,
+    settings: Horizontal,
+    data: Data | None,
+    *,
+    model: Model | None = None,
+    tick: Callable[[], None] = lambda: None,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    folder: Path | None = None,
+    budget: PrivacyBudget | None = None,
+    purpose: str = "training",
+) -> Outcome:
+    """Train with all others, through the coordinator at the other end of `channel`.
+
+    data: our rows; model: our own model, where the agreement says so, which has the weights in the end. folder: for
+    the checkpoint. budget: charged for the noise that we add.
+
+    Reveals:
+        To the coordinator: what our table looks like, our loss and accuracy before and after training (not under
+        privacy), when we are ready, and the largest of our numbers up to a power of 2^8, above 2^24. Of our update
+        with secure aggregation what the sum tells, without it the update itself. Our number of rows only as part of a
+        sum, unless clients are chosen by their rows.
+        To the other clients: that we take part, and what the weights of a round tell of the sum.
+    Raises:
+        Refused: our table is not what all others have; the text has the difference.
+        LocalError: our rows or our model cannot be trained on.
+        ProtocolViolation, PeerLost, PeerAborted: of the coordinator.
+    """
+    ours = describe(settings, data, model)
+    channel.send(Table(np.frombuffer(msgspec.json.encode(ours), np.uint8)))
+    if ours.short:
+        raise Refused(f"our table has fewer {ours.short} than the agreed minimum; agree on less, or stay out")
+    with blame(channel.peer):
+        hall = _hall(channel.receive(Admission))
+        if difference := hall.schema.difference(ours):
+            raise Refused(f"we have {difference}; align the table with the others'", peer=channel.peer)
+    trainer = Trainer(Job(settings, hall.schema, hall.clients), hall.place, data, model)
+    end = _End(channel, me, identities, session_id, trainer, Spending(trainer.job, budget, purpose))
+    path = folder / NAME if folder is not None and settings.checkpoint else None
+    if path is not None:
+        end.restore(path, hall)
+    scores: list[Score] = []
+    rounds: list[Round] = []
+    try:
+        while (task := channel.receive(Task)).stage != "finish":
+            tick()
+            if task.stage == "score":
+                scores.append(trainer.score(task))
+                told = np.nan_to_num([float(scores[-1].rows), scores[-1].loss, scores[-1].accuracy], nan=-1.0)
+                channel.send(Scores(task.number, 0, told))
+                continue
+            kept = end.answer(task, path)
+            if task.stage == "train":
+                progress("train", task.round, settings.rounds)
+                missing = {} if kept else {me.name: "the sum has not our numbers"}
+                rounds.append(Round(task.round, np.nan, np.nan, (me.name,) if kept else (), missing))
+    except PeerAborted:
+        if end.declined is not None:
+            raise end.declined from None
+        raise
+    weights = trainer.finish(task)
+    estimator = trainer.estimator(task, weights)
+    own = Client(scores[0], scores[-1]) if len(scores) > 1 else Client()
+    return Outcome(estimator, weights, rounds, {me.name: own})
+
+
+class _End:
+    """One end of the conversation: what a client holds besides its trainer."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        me: Identity,
+        identities: Mapping[str, PublicIdentity],
+        session: bytes,
+        trainer: Trainer,
+        spending: Spending,
+    ) -> None:
+        self.channel, self.me, self.identities, self.session = channel, me, identities, session
+        self.trainer, self.spending = trainer, spending
+        self.used: set[bytes] = set()
+        self.declined: ColonnadeError | None = None
+
+    def answer(self, task: Task, path: Path | None) -> bool:
+        """One sum; whether it has our numbers."""
+        job, level = self.trainer.job, DECLINED
+        noisy = job.settings.private and job.settings.privacy.noise != "central" and task.stage == "train"
+        message = np.empty(0)
+        try:
+            message = self.trainer.answer(task)
+            level = self.trainer.level(message)
+            if noisy:
+                self.spending.charge(task.round)
+        except (LocalError, Refused) as error:
+            self.declined, level = error, OVER_BUDGET if isinstance(error, Refused) else DECLINED
+        if path is not None and task.stage == "train":
+            self.save(path, task.round)
+        self.channel.send(Ready(task.number, 0, np.array([level], np.uint8)))
+        first = True
+        while (turn := self._turn(task)).what == "add":
+            if noisy and not first:
+                self.spending.charge(task.round)
+            first = False
+            self._send(task, turn, job.noised(message) if noisy else message)
+        if turn.what == "kept":
+            self.trainer.keep()
+        return turn.what == "kept"
+
+    def _turn(self, task: Task) -> Turn:
+        turn = self.channel.receive(Turn)
+        with blame(self.channel.peer):
+            if turn.round != task.number:
+                raise ValueError("a turn of another sum")
+        return turn
+
+    def _send(self, task: Task, turn: Turn, message: NDArray[np.float64]) -> None:
+        settings = self.trainer.job.settings
+        if settings.secure:
+            contribute(self.channel, self.me, self.identities, self._context(task, turn), message, self.used)
+        elif settings.compression and task.stage == "train" and self.trainer.packed is not None:
+            self.channel.send(Packed(task.number, turn.attempt, self.trainer.packed))
+        else:
+            self.channel.send(Update(task.number, turn.attempt, message))
+
+    def _context(self, task: Task, turn: Turn) -> Context:
+        """What we agree to: the coordinator says who adds up; how many it takes at least, we know."""
+        job = self.trainer.job
+        with blame(self.channel.peer):
+            names = _names(turn)
+            if any(name not in self.identities for name in names):
+                raise ValueError("a sum with clients that the agreement does not have")
+            asked = job.asked if task.stage == "train" else job.clients
+            needed = max(job.settings.clients.needed(asked), len(names) // 2 + 1)
+            degree = job.settings.degree if job.settings.degree < len(names) - 1 else 0
+            quantisation = Quantisation.finest(turn.bound, len(names))
+            return Context(self.session, task.number, turn.attempt, names, needed, quantisation, degree or None)
+
+    # ---- checkpoints
+
+    def save(self, path: Path, number: int) -> None:
+        """Both states: which of them counts, the coordinator says when we come back."""
+        state = {f"state.{name}": values for name, values in self.trainer.state.items()}
+        pending = {f"pending.{name}": values for name, values in self.trainer.pending.items()}
+        write_checkpoint(path, self.trainer.job.digest, {"round": number}, state | pending)
+
+    def restore(self, path: Path, hall: Hall) -> None:
+        """Go on where the coordinator does. Raises LocalError when our file does not go with that."""
+        found = read_checkpoint(path, self.trainer.job.digest) if hall.round else None
+        if hall.round and found is None and self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
+            raise LocalError(
+                f"training goes on from round {hall.round} and {path} is missing; restore it, or all begin anew"
+            )
+        if found is None:
+            return
+        which = "pending." if hall.counted and found.facts["round"] == hall.round - 1 else "state."
+        self.trainer.state = {
+            name.removeprefix(which): values for name, values in found.arrays.items() if name.startswith(which)
+        }
+
+
+def _hall(message: Admission) -> Hall:
+    try:
+        return msgspec.json.decode(message.data.tobytes(), type=Hall)
+    except (msgspec.MsgspecError, RecursionError):
+        raise ValueError("its admission does not parse") from None
+
+
+def _names(turn: Turn) -> tuple[str, ...]:
+    try:
+        return msgspec.json.decode(turn.data.tobytes(), type=tuple[str, ...])
+    except (msgspec.MsgspecError, RecursionError):
+        raise ValueError("the names of its turn do not parse") from None

@@ -1,0 +1,163 @@
+"""The horizontal job at one party, as `colonnade run` does it: read our rows, meet the others, train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parties.agreement import Agreement, Columns
+from parties.errors import LocalError
+from parties.files import set_aside
+from parties.horizontal import Horizontal
+from parties.party_file import Party
+from parties.session import Progress, Session, open_session
+from parties.tables import Source, read_table
+from vfl.horizontal.client import take_part
+from vfl.horizontal.coordinator import coordinate
+from vfl.horizontal.outcome import Outcome
+from vfl.horizontal.privacy_budget import PrivacyBudget
+from vfl.horizontal.trainer import Data
+
+CHECKPOINTS = ("coordinator.checkpoint", "client.checkpoint")
+LEFT = ("ledger.jsonl", "model.json", "summary.json", "report.html")
+TASK = "train"
+
+
+@dataclass
+class Finished:
+    """What the job left at this party."""
+
+    session: str
+    outcome: Outcome
+    missing: dict[str, str]
+    seconds: dict[str, float]
+    bytes_sent: dict[str, dict[str, int]]
+    data: Data | None = field(repr=False)
+
+
+def agreed(agreement: Agreement) -> tuple[Horizontal, Columns]:
+    """The plan and the columns of a horizontal agreement. Raises LocalError for another."""
+    if agreement.horizontal is None or agreement.columns is None:
+        raise LocalError("this agreement is not of a horizontal job")
+    return agreement.horizontal, agreement.columns
+
+
+def prepare(party: Party) -> Data | None:
+    """Our rows, checked against the agreement; None at a coordinator that has none. Nothing has been sent yet.
+
+    Raises:
+        LocalError: names file, column and count.
+    """
+    plan, columns = agreed(party.agreement)
+    if plan.model == "own":
+        raise LocalError("the command line trains logistic, linear and poisson; train an own model from Python")
+    if not party.trains:
+        return None
+    choice = party.file.table
+    return read_rows(party.source, plan, columns, choice.columns, choice.units)
+
+
+def read_rows(source: Source, plan: Horizontal, columns: Columns, names: dict[str, str], units: dict[str, str]) -> Data:
+    """The agreed columns of a table; `names` are ours where they differ, `units` those in which we measure.
+
+    Raises:
+        LocalError: names file, column and count.
+    """
+    ours = {name: names.get(name, name) for name in (*columns.features, columns.label)}
+    label = ours[columns.label]
+    classified = plan.model == "logistic"
+    table = read_table(source, [], [*ours.values()], categories=[label] if classified else [])
+    y = table.features[label]
+    return Data(
+        np.column_stack([table.features[ours[name]] for name in columns.features]),
+        _classes(table.source, label, y, plan.classes) if classified else y,
+        columns.features,
+        plan.classes,
+        columns.units | units,
+    )
+
+
+def _classes(source: str, column: str, texts: NDArray[Any], classes: tuple[int | str, ...]) -> NDArray[Any]:
+    """The labels as the agreement lists them. Raises LocalError that counts those it does not list."""
+    known = {str(one): place for place, one in enumerate(classes)}
+    places = np.array([known.get(text.strip(), -1) for text in texts], np.int64)
+    if strange := int(np.count_nonzero(places < 0)):
+        raise LocalError(
+            f"{source}, column {column!r}: {strange} labels are none of the {len(classes)} agreed classes; correct them"
+        )
+    return np.asarray(classes)[places]
+
+
+def train(session: Session, data: Data | None, folder: Path | None = None) -> Outcome:
+    """The job in an open session, the same function at every party. `folder` keeps checkpoints and what privacy cost.
+
+    Reveals:
+        To every party: what `coordinate` and `take_part` reveal; no more.
+    """
+    agreement = session.agreement
+    plan, _ = agreed(agreement)
+    identities = {name: agreement.party(name).identity for name in agreement.clients if name in session.approvals}
+    budget = None
+    if folder is not None and plan.privacy.level != "none":
+        budget = PrivacyBudget(folder / "privacy_budget.json", session.me)
+    common: dict[str, Any] = {
+        "tick": session.tick,
+        "progress": session.progress,
+        "folder": folder,
+        "budget": budget,
+        "purpose": agreement.purpose,
+    }
+    coordinator = agreement.ring[0].name
+    with session.phase("train"):
+        if session.name != coordinator:
+            return take_part(session.channels[coordinator], session.me, identities, session.id, plan, data, **common)
+        outcome = coordinate(session.channels, session.me, identities, session.id, plan, own=data, **common)
+    session.leave_out(outcome.gone)
+    return outcome
+
+
+def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume: bool = False) -> Finished:
+    """`colonnade run`: everything at one party, over the network. Writes ledger and checkpoints, the caller the rest.
+
+    Without `resume` what an earlier run left is set aside, its checkpoints too.
+
+    Raises:
+        LocalError: our table or our folder; nothing was sent. Refused, PeerLost, PeerAborted, ProtocolViolation.
+    """
+    approval, data, folder = party.approval, prepare(party), party.output
+    if not resume:
+        set_aside(folder, CHECKPOINTS)
+    elif not any((folder / name).exists() for name in CHECKPOINTS):
+        note(f"{folder} has no checkpoint: we begin anew, or where the coordinator is")
+    unopened = folder / "unopened_ledger.jsonl"
+    with open_session(
+        party.identity,
+        party.agreement,
+        approval=approval,
+        task=TASK,
+        ledger_path=unopened,
+        forbidden=frozenset(party.file.policy.forbid),
+        listen=party.file.listen or None,
+        progress=progress,
+        log=note,
+    ) as session:
+        set_aside(folder, LEFT)
+        unopened.replace(folder / "ledger.jsonl")
+        outcome = train(session, data, folder)
+    return finished(session, outcome, data)
+
+
+def finished(session: Session, outcome: Outcome, data: Data | None) -> Finished:
+    """What is known after the close."""
+    sent: dict[str, dict[str, int]] = {}
+    for (peer, kind, _), size in session.ledger.bytes_sent.items():
+        kinds = sent.setdefault(peer, {})
+        kinds[kind] = kinds.get(kind, 0) + size
+    seconds = {name: round(value, 3) for name, value in session.seconds.items()}
+    missing = {name: error.kind for name, error in session.missing.items()}
+    return Finished(session.id.hex(), outcome, missing, seconds, sent, data)

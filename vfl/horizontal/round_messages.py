@@ -1,0 +1,112 @@
+"""The conversation around a sum, in order. C is the coordinator, u a client; secure aggregation fits in after a Turn.
+
+    0  u -> C   Table              C -> u   Admission        columns, units, classes: the same at all
+    1  C -> u   Task               u -> C   Ready            once the client has computed what the sum needs of it
+    2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation
+    3  C -> u   Turn "kept"                                  the sum has it; or "left out", or "add" for another attempt
+
+A Task that asks for no sum: "score" is answered by Scores; "finish" by nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parties.message import Array, Message, kind
+from vfl.horizontal.messages import Step
+
+STAGES = ("rows", "means", "scales", "train", "score", "finish")
+LEVELS = (2.0**24, 2.0**32, 2.0**40)  # bounds on the numbers of a message: the least that holds is a client's answer
+NOT_FINITE, TOO_LARGE, DECLINED, OVER_BUDGET = 255, 254, 253, 252
+REASONS = {
+    NOT_FINITE: "its numbers are not finite",
+    TOO_LARGE: "its numbers exceed 2^40",
+    DECLINED: "it could not train; its own message says why",
+    OVER_BUDGET: "its privacy budget is used up",
+}
+
+
+@kind(330, "control", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class Table(Message):
+    """u -> C: what u's table looks like, never what is in it; JSON."""
+
+    data: Array
+
+
+@kind(331, "control", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class Admission(Message):
+    """C -> u: what all tables must look like, and where training goes on after a restart; JSON."""
+
+    data: Array
+
+
+@kind(332, "aggregate", "<f8", 1)
+@dataclass(frozen=True, eq=False)
+class Task(Message):
+    """C -> u: what to compute. `number` counts the sums of a session, `round` those of training; clients and rows are
+    of all together, once known; data: the scaler's means and variances, if any, then the strategy's vectors."""
+
+    number: int
+    round: int
+    stage: str
+    clients: int
+    rows: int
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stage not in STAGES:
+            raise ValueError("not a stage of training")
+        if not (0 <= self.number < 2**31 and 0 <= self.round < 2**31 and self.clients >= 1 and 0 <= self.rows < 2**53):
+            raise ValueError("not a task of this job")
+
+
+@kind(333, "control", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class Ready(Step):
+    """u -> C: one byte: which of LEVELS holds for u's numbers, or why it has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.shape != (1,) or not (self.data[0] < len(LEVELS) or int(self.data[0]) in REASONS):
+            raise ValueError("neither ready nor a known reason")
+
+
+@kind(334, "control", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class Turn(Step):
+    """C -> u: "add": send your numbers, within the bound; data: the names of all who do, JSON. "kept": the sum has
+    them. "left out": it has not."""
+
+    what: str
+    bound: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.what not in ("add", "kept", "left out") or not 0 < self.bound < 2.0**62:
+            raise ValueError("neither a turn nor a bound")
+
+
+@kind(335, "plaintext", "<f8", 1)
+@dataclass(frozen=True, eq=False)
+class Update(Step):
+    """u -> C, without secure aggregation: u's numbers."""
+
+
+@kind(336, "plaintext", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class Packed(Step):
+    """u -> C, without secure aggregation: weight and score as float64, then the update, compressed."""
+
+
+@kind(337, "aggregate", "<f8", 1)
+@dataclass(frozen=True, eq=False)
+class Scores(Step):
+    """u -> C: rows, loss, accuracy of the model on u's rows; -1 where there is none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.shape != (3,):
+            raise ValueError("a score has three numbers")

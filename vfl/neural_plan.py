@@ -1,0 +1,124 @@
+"""What the parties of a network agree on before anything moves: consents, batches, the terms of the exchanges."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parties.errors import Refused
+from parties.session import Session
+from vfl.split import Schedule
+from vfl.training import Setup, agree, batches, prepare
+
+log = logging.getLogger("colonnade")
+ADAM_BITS = 26  # it divides small gradients by their own size, and what is rounded off with them
+
+
+@dataclasses.dataclass(frozen=True)
+class Clauses:
+    """What an agreement says of networks alone. The same at all parties, who compare it before anything moves.
+
+    open_gradients: consent to the open mode: gradients a row, under noise, which tell something of labels.
+    separate_embeddings: consent to concatenation of several feature holders, whose embeddings no mask can hide.
+    leak_limit: open mode: the largest AUC that an attack on these gradients may reach.
+    """
+
+    open_gradients: bool = False
+    separate_embeddings: bool = False
+    leak_limit: float = 0.7
+
+
+NO_CONSENT = Clauses()
+
+
+def check_consent(session: Session, clauses: Clauses, mode: str, merge: str) -> None:
+    """Raises Refused: the agreement does not consent to what this tells.
+
+    Reveals:
+        To nobody anything; nothing is sent.
+    """
+    consent = session.agreement.model.allow_reconstruction
+    if mode == "open" and not (clauses.open_gradients and consent):
+        raise Refused(
+            "the open mode gives every row's gradient to the feature holders, and nothing bounds what a module's "
+            "embeddings tell of its inputs: the agreement must consent with open_gradients and allow_reconstruction"
+        )
+    several = session.agreement.feature_holders > 1
+    if merge == "concatenation" and several and not (clauses.separate_embeddings and consent):
+        raise Refused(
+            "side by side the label holder sees each feature holder's embedding, which no mask can hide: the agreement "
+            "must consent with separate_embeddings and allow_reconstruction"
+        )
+
+
+def plan(
+    session: Session,
+    purpose: str,
+    params: Mapping[str, Any],
+    clauses: Clauses,
+    width: int,
+    x: NDArray[np.float64],
+    names: list[str],
+) -> tuple[Schedule, Setup | None]:
+    """What happens when, and (encrypted) the terms of exchanges of this width; all parties agree on it. `params` are
+    the shared ones of an estimator.
+
+    Without allow_reconstruction a row is embedded `width` times an epoch only while that stays below the rank of the
+    feature holders' columns.
+
+    Reveals:
+        To all: numbers of rows and columns; encrypted: the feature holders' ranks and magnitudes.
+    Raises:
+        LocalError: our columns cannot be trained on. Refused, ProtocolViolation: a peer plans otherwise.
+    """
+    epochs, seed = params["epochs"], params["random_state"]
+    order = np.random.default_rng([seed, 1]).permutation(len(x))  # not a secret: all share it
+    held = np.sort(order[: round(params["validation_fraction"] * len(x)) if params["early_stopping"] else 0])
+    rest = np.setdiff1d(np.arange(len(x)), held)
+    most = session.agreement.model.max_exchanges
+    wanted = [rest[batch] for batch in batches(len(rest), params["batch_size"], epochs, seed, most)]
+    an_epoch, compared, setup = len(wanted) // epochs, {**params, **dataclasses.asdict(clauses)}, None
+    if params["mode"] == "open":
+        agree(session, purpose, compared, x.reshape(len(x), math.prod(x.shape[1:])))
+    else:
+        setup = prepare(
+            session,
+            purpose,
+            compared,
+            x,
+            names,
+            tolerance=params["tol"],
+            exchanges=len(wanted),
+            batches=wanted,
+            epochs=epochs,
+            outputs=width,
+            bounded=False,
+        )
+        if setup.terms.width != width:
+            raise Refused(
+                f"{session.label_holder} plans with embeddings of width {setup.terms.width}, not {width}",
+                peer=session.label_holder,
+            )
+        if len(setup.batches) < len(wanted):
+            log.warning(
+                "training is for %d of %d epochs: with more the label holder could rebuild the feature holders' "
+                "columns; allow_reconstruction in the agreement lifts this",
+                len(setup.batches) // an_epoch,
+                epochs,
+            )
+        wanted = list(setup.batches)
+        finest = min(scales.residual_bits for scales in setup.terms.scales.values())
+        if params["optimiser"] == "adam" and finest < ADAM_BITS:
+            log.warning(
+                "residuals have %d bits after the point: adam needs %d to follow the joined network; use smaller "
+                "batches, or agree on more residual_bits or a smaller residual_range",
+                finest,
+                ADAM_BITS,
+            )
+    return Schedule.of(wanted, an_epoch, held, params["n_iter_no_change"], params["tol"]), setup

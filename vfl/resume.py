@@ -1,0 +1,94 @@
+"""Where a vertical training stood, every few exchanges, so that it can go on after any party was killed.
+
+Each party keeps its own state: the label holder the embeddings that it got, a feature holder its directions or weights.
+After a restart all tell which exchanges they have kept, and go on from the last that all have, to the same result: what
+was kept is exact, and masks and keys are fresh, being tied to the new session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from parties.message import Array, Message, kind
+from parties.session import Session
+from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
+
+EVERY = 5
+KEPT = 2  # a party may be one checkpoint ahead of another
+
+
+@kind(213, "control", "<u4", 1)
+@dataclass(frozen=True, eq=False)
+class Kept(Message):
+    """All to all: the exchanges after which we have kept our state."""
+
+    data: Array
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.data) > KEPT or (self.data < 1).any():
+            raise ValueError("a party keeps few states, of exchanges counted from 1")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a role begins: after `exchanges`, with `arrays`; `keep` is called with the state after each exchange."""
+
+    exchanges: int = 0
+    arrays: Mapping[str, Array] = field(default_factory=dict)
+    keep: Callable[[int, Mapping[str, Array]], None] = lambda exchanges, arrays: None
+
+
+ANEW = Start()
+
+
+class Checkpoints:
+    """A party's own states, in files of `folder`. `job`: a digest of what is trained on what."""
+
+    def __init__(self, folder: Path, job: bytes, every: int = EVERY) -> None:
+        self._folder, self._job, self._every = folder, job, every
+
+    def _path(self, exchanges: int) -> Path:
+        return self._folder / f"training-{exchanges:06d}.checkpoint"
+
+    def kept(self) -> list[int]:
+        """After which exchanges there is a state. Raises LocalError for a damaged file, or one of another job."""
+        found = sorted(int(path.stem.split("-")[1]) for path in self._folder.glob("training-*.checkpoint"))[-KEPT:]
+        for exchanges in found:
+            read_checkpoint(self._path(exchanges), self._job)
+        return found
+
+    def keep(self, exchanges: int, arrays: Mapping[str, Array]) -> None:
+        """Write a state when it is due; the oldest goes."""
+        if exchanges % self._every:
+            return
+        write_checkpoint(self._path(exchanges), self._job, {}, arrays)
+        for path in sorted(self._folder.glob("training-*.checkpoint"))[:-KEPT]:
+            path.unlink()
+
+    def clear(self) -> None:
+        """Forget all: a training has ended, or begins anew."""
+        for path in self._folder.glob("training-*.checkpoint"):
+            path.unlink()
+
+    def start(self, session: Session, *, resume: bool) -> Start:
+        """Where all go on together: from the last state that all have kept, or from the beginning.
+
+        Reveals:
+            To all: how far our last training came.
+        """
+        if not resume:
+            self.clear()
+            return Start(keep=self.keep)
+        ours = self.kept()
+        session.broadcast(Kept(np.array(ours, "<u4")))
+        common = set(ours).intersection(*(set(one.data.tolist()) for one in session.gather(Kept).values()))
+        last = max(common, default=0)
+        for exchanges in set(ours) - common:  # ahead of the others: not to be mistaken for the new run's
+            self._path(exchanges).unlink()
+        found = read_checkpoint(self._path(last), self._job) if last else None
+        return Start(last, found.arrays if found else {}, self.keep)

@@ -21,6 +21,8 @@ from parties.errors import LocalError, Refused
 from parties.files import read_bytes
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity, check_name
+from parties.leakage import Leakage
+from parties.search import Search
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -161,6 +163,9 @@ class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise ValueError(f"units name the column {unknown[0]!r}, which is neither feature nor label")
 
 
+_BOTH = {"title", "purpose", "legal_basis", "expires", "parties", "job", "horizontal", "columns", "deadlines"}
+
+
 class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """All that the parties agree on before any data is read."""
 
@@ -174,6 +179,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     intersection: Intersection = Intersection()
     model: Model = Model()
     encryption: Encryption = Encryption()
+    leakage: Leakage = Leakage()
+    search: Search | None = None
     horizontal: Horizontal | None = None
     columns: Columns | None = None
     deadlines: Deadlines = Deadlines()
@@ -191,6 +198,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     def _check_vertical(self) -> None:
         self._check_roles("label holder", "feature holder", most=16)
+        if self.search is not None:
+            self.search.check(self.model.kind, self.model.solver)
         if self.horizontal or self.columns or self.job.coordinator_trains:
             raise ValueError('[horizontal], [columns] and coordinator_trains need mode = "horizontal" in [job]')
         if sum(not party.endpoint for party in self.parties) > 1:
@@ -213,10 +222,9 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError("classes of [horizontal] must list the values of the label, all numbers or text, sorted")
         if self.deadlines.message <= 6 * plan.clients.deadline:
             raise ValueError("message of [deadlines] must be more than six times deadline of [horizontal.clients]")
-        usual = {"identifiers": Identifiers(), "intersection": Intersection(), "model": Model()}
-        for name, value in (usual | {"encryption": Encryption()}).items():
-            if getattr(self, name) != value:
-                raise ValueError(f"a horizontal job has no [{name}]; take it out, [horizontal] says it all")
+        for field in msgspec.structs.fields(self):
+            if field.name not in _BOTH and getattr(self, field.name) != field.default:
+                raise ValueError(f"a horizontal job has no [{field.name}]; take it out, [horizontal] says it all")
 
     def _check_roles(self, first: str, others: str, most: int) -> None:
         if sum(party.role == first for party in self.parties) != 1:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -150,26 +151,26 @@ def _mesh(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[str
 def _gather(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[str, Channel]) -> Opened:
     """At the coordinator: with those who come before the deadline, if they are enough."""
     missing: dict[str, ColonnadeError] = {}
-    hellos = _from_each(channels, lambda channel: channel.receive(Hello, agreement.deadlines.connect), missing)
+    deadlines = agreement.deadlines
+    hellos = _from_each(channels, lambda channel, left: channel.receive(Hello, left), deadlines.connect, missing)
     _check(agreement, ours.task, channels, hellos)
     hellos[me.name] = ours
     _require_quorum(agreement, hellos, missing)
     session = _session_id(agreement, ours.task, {name: hello.nonce for name, hello in hellos.items()})
     roster = Roster(_table(agreement, {n: one.nonce + one.approval for n, one in hellos.items()}, NONCE + SIGNATURE))
-    came = {name: channel for name, channel in channels.items() if name in hellos}
 
-    def joined(channel: Channel) -> bytes:
-        signature: bytes = channel.receive(Joining, agreement.deadlines.stall).data.tobytes()
+    def joined(channel: Channel, left: float) -> bytes:
+        signature: bytes = channel.receive(Joining, left).data.tobytes()
         if not agreement.party(channel.peer).identity.signed(_SIGNED, session, signature):
             raise ProtocolViolation(f"{channel.peer}: signed another session than this one", peer=channel.peer)
         return signature
 
-    _from_each(came, lambda channel: channel.send(roster), missing)
-    signatures = _from_each({n: one for n, one in came.items() if n not in missing}, joined, missing)
+    _from_each(channels, lambda channel, left: channel.send(roster, left), deadlines.stall, missing)
+    signatures = _from_each(channels, joined, deadlines.stall, missing)
     signatures[me.name] = me.sign(_SIGNED, session)
     _require_quorum(agreement, signatures, missing)
     roll = Roll(_table(agreement, signatures, SIGNATURE))
-    _from_each({n: one for n, one in channels.items() if n in signatures}, lambda channel: channel.send(roll), missing)
+    _from_each(channels, lambda channel, left: channel.send(roll, left), deadlines.stall, missing)
     _require_quorum(agreement, signatures.keys() - missing.keys(), missing)
     for name, error in missing.items():
         _LOG.warning("%s does not take part: %s", name, error)
@@ -178,13 +179,19 @@ def _gather(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[s
 
 
 def _from_each(
-    channels: Mapping[str, Channel], step: Callable[[Channel], T], missing: dict[str, ColonnadeError]
+    channels: Mapping[str, Channel],
+    step: Callable[[Channel, float], T],
+    seconds: float,
+    missing: dict[str, ColonnadeError],
 ) -> dict[str, T]:
-    """What `step` gives for every client; whoever is gone, or breaks the protocol, is entered among the missing."""
-    found = {}
+    """What `step`, given the seconds left for all together, returns for every client that is not missing; whoever is
+    gone by then, or breaks the protocol, is entered among the missing."""
+    found, until = {}, time.monotonic() + seconds
     for name, channel in channels.items():
+        if name in missing:
+            continue
         try:
-            found[name] = step(channel)
+            found[name] = step(channel, max(0.0, until - time.monotonic()))
         except (PeerLost, PeerAborted, ProtocolViolation) as error:
             missing[name] = error
     return found

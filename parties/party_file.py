@@ -157,6 +157,8 @@ class Party:
         if agreed is None or plan is None:
             raise ValueError("a horizontal agreement has columns and a plan")
         named = {*agreed.features, agreed.label}
+        if self.file.prepare != Preparation():
+            raise LocalError(f"{self.path}: [prepare] is for vertical jobs; standardise = true in [horizontal] scales")
         if choice.features or choice.label:
             raise LocalError(f"{self.path}: the agreement names features and label; say columns = {{ agreed = ours }}")
         if unknown := sorted((choice.columns.keys() | choice.units.keys()) - named):

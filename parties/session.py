@@ -115,7 +115,8 @@ class Session:
                     self._countersign(name, sent, received)
 
     def _countersign(self, name: str, sent: bytes, received: bytes) -> None:
-        closing = self.channels[name].receive(Closing)
+        patience = self.agreement.deadlines.stall if self.agreement.is_horizontal else None
+        closing = self.channels[name].receive(Closing, patience)
         if (closing.sent, closing.received) != (received, sent):
             raise ProtocolViolation(f"{name}: its record of this session differs from ours", peer=name)
         identity = self.agreement.party(name).identity

@@ -32,7 +32,8 @@ from vfl.audit import (
     label_findings,
     labels_case,
 )
-from vfl.commands_audit import audit_command
+from parties.party_file import Party
+from vfl.audit_run import run as audit_run
 from vfl.leakage.suite import Limits
 from vfl.meter import Meter, reading_rows
 from vfl.rehearsal import Seen, rehearse, rehearse_alignment
@@ -201,7 +202,7 @@ def run(path: Path, **options: Any) -> str:
     shown = io.StringIO()
     given: dict[str, Any] = {"known": 40, "exchanges": None, "rows": 2000, "other": None, "label": ""} | options
     with contextlib.redirect_stdout(shown):
-        audit_command(path, **given)
+        audit_run(Party(path), **given)
     return shown.getvalue()
 
 

@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 
 from parties.agreement import Agreement
 from parties.errors import LocalError, PeerAborted, Refused
+from parties.horizontal import Horizontal
 from parties.identity import Identity
 from parties.ledger import Ledger, check_ledger
 from parties.memory import MemoryLink, make_agreement, outcomes, play
@@ -27,7 +28,9 @@ from parties.session import Session
 from tests.conftest import IDENTITIES, NAMES
 from tests.world import colonnade, free_ports, together
 from vfl.horizontal import job
+from vfl.horizontal.newton import Exact
 from vfl.horizontal.share import HorizontalModel
+from vfl.horizontal.simulate import simulate
 from vfl.horizontal.trainer import Data
 
 FEATURES = ("age", "dose", "weight")
@@ -401,7 +404,15 @@ def test_what_is_not_of_a_horizontal_job_says_so(tmp_path: Path) -> None:
     paths = build(tmp_path, patients(3))
     for command in ("align", "selftest"):
         assert "vertical jobs" in said(2, command, paths["site0"])
-    paths["site0"].write_text(paths["site0"].read_text().replace('path = "site0.csv"', ""))
+    plain = paths["site0"].read_text()
+    for more, reason in (
+        ('features = ["age"]\n', "the agreement names features"),
+        ('columns = { height = "cm" }\n', "'height', which is no column"),
+        ('[prepare.numbers.age]\nmissing = "median"\n', "[prepare] is for vertical jobs"),
+    ):
+        paths["site0"].write_text(plain + more)
+        assert reason in said(2, "check", paths["site0"])
+    paths["site0"].write_text(plain.replace('path = "site0.csv"', ""))
     assert "where our table is" in said(2, "run", paths["site0"])
     assert "not approved" in said(3, "run", build(tmp_path / "unsigned", patients(3), sign=False)["site0"])
 
@@ -466,6 +477,39 @@ def test_an_own_model_is_for_python(tmp_path: Path) -> None:
     paths = build(tmp_path, patients(3), horizontal='model = "own"\nstrategy = "fedavg"', sign=False)
     with pytest.raises(LocalError, match="from Python"):
         job.prepare(Party(paths["site0"]))
+
+
+# ---- the model's file
+
+
+@pytest.mark.parametrize("family", ["logistic", "multinomial", "linear", "poisson"])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_a_model_file_gives_back_the_same_estimator(family: str, standardise: bool, tmp_path: Path) -> None:
+    generator = np.random.default_rng(5)
+    x = generator.normal(size=(60, 3)) * [1.0, 5.0, 0.2] + [0.0, 3.0, 1.0]
+    y = {
+        "logistic": generator.integers(0, 2, 60),
+        "multinomial": np.array(["a", "b", "c"])[generator.integers(0, 3, 60)],
+        "linear": generator.normal(size=60),
+        "poisson": generator.poisson(2.0, 60).astype(float),
+    }[family]
+    name: Any = "logistic" if family == "multinomial" else family
+    plan = Horizontal(model=name, secure_aggregation="none", standardise=standardise)
+    parts = [Data(x[at::3], y[at::3], FEATURES) for at in range(3)]
+    fitted = simulate(plan, parts).model
+    classes = tuple(np.unique(y).tolist()) if name == "logistic" else ()
+    exact = Exact(name, 3, classes, plan.C, plan.alpha)
+    HorizontalModel.of(fitted, exact, list(FEATURES), 5, "a", "s").save(tmp_path / "model.json")
+    again = HorizontalModel.load(tmp_path / "model.json").estimator()
+    table = pd.DataFrame(x, columns=FEATURES)
+    assert type(again) is type(fitted)
+    ask = "predict_proba" if name == "logistic" else "predict"
+    np.testing.assert_allclose(getattr(again, ask)(table), getattr(fitted, ask)(table))
+    assert not classes or again.classes_.tolist() == list(classes)
+    damaged = (tmp_path / "model.json").read_text().replace('"dose",', "")
+    (tmp_path / "damaged.json").write_text(damaged)
+    with pytest.raises(LocalError, match="do not fit its features"):
+        HorizontalModel.load(tmp_path / "damaged.json")
 
 
 # ---- simulation

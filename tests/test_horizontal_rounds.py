@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
@@ -17,13 +18,13 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRe
 from sklearn.preprocessing import StandardScaler
 
 from parties.channel import Channel
-from parties.errors import ColonnadeError, LocalError, PeerAborted, PeerLost, Refused
+from parties.errors import ColonnadeError, LocalError, PeerAborted, PeerLost, ProtocolViolation, Refused
 from parties.horizontal import Clients, Horizontal, Privacy
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.memory import links
 from parties.message import CLASSES
-from vfl.horizontal.client import take_part
+from vfl.horizontal.client import Admitted, take_part
 from vfl.horizontal.coordinator import Star, coordinate
 from vfl.horizontal.federated import (
     FederatedLinearRegression,
@@ -34,7 +35,10 @@ from vfl.horizontal.federated import (
 from vfl.horizontal.local import Correction, Objective, Plan, Trained
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
+from vfl.horizontal.round_messages import Admission, Ready, Task, Turn
+from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected
+from vfl.horizontal.settings import Schema
 from vfl.horizontal.strategies import Part, Population, broadcast, client_round, server_round, strategy
 from vfl.horizontal.trainer import Data
 
@@ -170,7 +174,9 @@ def test_exact_logistic_regression_is_scikit_learns_optimum() -> None:
 def test_three_classes_with_text_labels_and_a_federated_scaler() -> None:
     x, y = load_wine(return_X_y=True)
     y = np.array(["barolo", "grignolino", "barbera"])[y]
-    found = FederatedLogisticRegression(standardise=True).fit(dealt(x, y, 3))
+    found = FederatedLogisticRegression(standardise=True, classes=("grignolino", "barolo", "barbera")).fit(
+        dealt(x, y, 3)
+    )
     oracle = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(StandardScaler().fit_transform(x), y)
     np.testing.assert_allclose(
         found.predict_proba(x), oracle.predict_proba(StandardScaler().fit_transform(x)), atol=1e-5
@@ -748,3 +754,62 @@ def test_federated_dropout_sends_fewer_columns() -> None:
     whole = train(dealt(x, y), family("fedavg", rounds=8))
     assert outcome.rounds[0].bytes < 0.7 * whole.rounds[0].bytes
     assert outcome.rounds[-1].loss < 0.5 * outcome.rounds[0].loss
+
+
+# ---- a coordinator that cheats
+
+
+def cheat(script: Callable[[Channel], None], settings: Horizontal) -> Any:
+    """What a client ends with against a coordinator that follows a script of its own."""
+    table = Table(settings, {"c0": Toy()})
+    mesh = links(["hub", "c0"])
+    hub = table._channel(mesh, "hub", "c0")
+    thread = threading.Thread(target=table._client, args=(mesh, "c0"), daemon=True)
+    thread.start()
+    schema = msgspec.json.decode(hub.receive(TableMessage).data.tobytes(), type=Schema)
+    hub.send(Admission(np.frombuffer(msgspec.json.encode(Admitted(schema, 4, 0)), np.uint8)))
+    script(hub)
+    thread.join()
+    return table.outcomes["c0"]
+
+
+def turn(number: int, names: list[str], attempt: int = 0) -> Turn:
+    return Turn(number, attempt, np.frombuffer(msgspec.json.encode(names), np.uint8), "add", 2.0**24)
+
+
+def task(number: int, round_number: int) -> Task:
+    return Task(number, round_number, "train", 4, 40, np.zeros(3))
+
+
+def test_a_round_is_never_trained_twice_in_a_session() -> None:
+    def repeats(hub: Channel) -> None:
+        hub.send(task(0, 0))
+        hub.receive(Ready)
+        hub.send(Turn(0, 0, np.empty(0, np.uint8), "left out", 1.0))
+        hub.send(task(1, 0))
+
+    error = cheat(repeats, own())
+    assert isinstance(error, ProtocolViolation)
+    assert "a task that it has given before" in str(error)
+
+
+@pytest.mark.parametrize("names", [["c0", "c1"], ["c0", "c1", "stranger"], ["c1", "c2", "c3"], ["c0", "c1", "c2"]])
+def test_a_client_adds_to_no_sum_with_too_few_strangers_or_without_it(names: list[str]) -> None:
+    """Three of the four would do, but for the quorum of four that was agreed."""
+
+    def invites(hub: Channel) -> None:
+        hub.send(task(0, 0))
+        hub.receive(Ready)
+        hub.send(turn(0, names))
+
+    error = cheat(invites, own(clients=Clients(quorum=4)))
+    assert isinstance(error, (ProtocolViolation, Refused))
+
+
+def test_attempts_are_no_more_than_agreed() -> None:
+    def insists(hub: Channel) -> None:
+        hub.send(task(0, 0))
+        hub.receive(Ready)
+        hub.send(turn(0, list(NAMES), attempt=3))
+
+    assert "one attempt too many" in str(cheat(insists, own()))

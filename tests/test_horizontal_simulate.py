@@ -131,6 +131,8 @@ def test_a_simulation_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         simulate(open_family("fedadam", rounds=4), parts, progress=stop, folder=tmp_path)
     again = simulate(open_family("fedadam", rounds=4), parts, folder=tmp_path)
     np.testing.assert_array_equal(again.weights, simulate(open_family("fedadam", rounds=4), parts).weights)
+    with pytest.raises(LocalError, match="needs its clients', too"):
+        simulate(open_family("scaffold"), parts, folder=tmp_path)
 
 
 @pytest.mark.parametrize("noise", ["central", "local"])

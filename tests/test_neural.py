@@ -16,16 +16,19 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
 from parties.agreement import Agreement
-from parties.errors import LocalError, PeerAborted, Refused
+from parties.errors import LocalError, PeerAborted, ProtocolViolation, Refused
 from parties.memory import outcomes
 from parties.message import CLASSES, name_of, parse_header
 from parties.session import Session
 from tests.conftest import NAMES, Stream, agree, parties
+from tests.training import altering, with_fields
 from vfl import sgd
 from vfl.bottoms import Linear, initial
 from vfl.encryption.paillier import generate
+from vfl.messages import Plan
 from vfl.neural import VerticalMLP, VerticalMLPClassifier, VerticalMLPRegressor
 from vfl.neural_plan import Clauses
+from vfl.open_messages import EpochEnd, OpenGradient, SeparateEmbedding
 from vfl.optimisers import Adam, Rule, Sgd, load_torch
 
 torch = pytest.importorskip("torch", reason="networks need the extra 'torch'")
@@ -228,7 +231,6 @@ def test_digits_need_both_halves():
     ended = train({n: p[train_rows] for n, p in scaled.items()}, y[train_rows], params, agreed=known, then=then)
     alone = MLPClassifier((16,), batch_size=128, learning_rate_init=0.02, max_iter=12, alpha=0, random_state=0)
     alone.fit(scaled["bank"][train_rows], y[train_rows])
-    print("digits: joint", ended["bank"], "alone", alone.score(scaled["bank"][test_rows], y[test_rows]))
     assert ended["bank"] >= 0.96
     assert alone.score(scaled["bank"][test_rows], y[test_rows]) < 0.92
 
@@ -432,6 +434,40 @@ def test_a_feature_holder_with_a_linear_bottom_never_loads_torch():
     code += "one = Linear(np.ones((2, 1)), np.ones((1, 1)), Rule('adam', 0.1, 0.0, 0.0))\n"
     code += "one.learn(one.embed(np.arange(2))[:1]); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("expected", "change"),
+    [
+        (EpochEnd, {"exchange": 7}),
+        (OpenGradient, {"exchange": 7}),
+        (OpenGradient, {"data": np.zeros((60, 2))}),
+        (OpenGradient, {"data": np.zeros((59, 3))}),
+    ],
+)
+def test_a_label_holder_that_sends_another_step_or_shape_is_named(expected, change):
+    parts, y = table(2)
+    params = {"hidden_layer_sizes": (3,), "batch_size": 60, "epochs": 1, "mode": "open"}
+    ended = train(parts, y, params, tamper=altering("bank", "grocer", expected, with_fields(**change)))
+    assert isinstance(ended["grocer"], ProtocolViolation)
+    assert ended["grocer"].peer == "bank"
+
+
+def test_a_label_holder_that_plans_with_more_gradients_a_row_is_refused():
+    parts, y = table(2)
+    wider = altering("bank", "grocer", Plan, with_fields(outputs=5))
+    ended = train(parts, y, {"hidden_layer_sizes": (3,), "batch_size": 60, "epochs": 1}, tamper=wider)
+    assert isinstance(ended["grocer"], Refused)
+    assert "width 5, not 3" in str(ended["grocer"])
+
+
+def test_a_feature_holder_whose_embedding_has_another_width_is_named():
+    parts, y = table(3)
+    params = {"hidden_layer_sizes": (3,), "batch_size": 60, "epochs": 1, "merge": "concatenation"}
+    wrong = with_fields(data=np.zeros((60, 4)))
+    ended = train(parts, y, params, tamper=altering("mill", "bank", SeparateEmbedding, wrong))
+    assert isinstance(ended["bank"], ProtocolViolation)
+    assert ended["bank"].peer == "mill"
 
 
 # Early stopping

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from parties.errors import LocalError
 from parties.memory import outcomes
 from parties.session import Session
 from tests.training import agreed, table
+from tests.world import build, colonnade, customers, together
+from vfl import sgd
 from vfl.linear import VerticalLogisticRegression
 from vfl.resume import Checkpoints
 
@@ -78,3 +89,52 @@ def test_two_states_are_kept_whatever_happens(tmp_path):
         kept.keep(exchanges, {"weights": np.arange(3.0)})
     assert kept.kept() == [6, 8]
     assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.iterdir())
+
+
+SGD = "solver = 'sgd'\nepochs = 60\nbatch_size = 60\nmax_exchanges = 1000\nallow_reconstruction = true"
+
+
+def test_a_run_whose_process_was_killed_goes_on_with_resume(tmp_path):
+    tables = customers(400)
+    paths = build(tmp_path, tables, model=SGD)
+    command = [sys.executable, "-m", "vfl", "run"]
+    running = {name: subprocess.Popen([*command, str(path), "--events"], **QUIET) for name, path in paths.items()}
+    telco = tmp_path / "out" / "telco"
+    end = time.monotonic() + 60
+    while not list(telco.glob("training-*.checkpoint")) and time.monotonic() < end:
+        time.sleep(0.01)
+    running["telco"].send_signal(signal.SIGKILL)
+    assert {name: process.wait(60) for name, process in running.items() if name != "telco"} == {"bank": 4, "grocer": 4}
+
+    code, _, error = colonnade("run", paths["bank"].with_name("nobody.toml"), "--resume")
+    assert (code, error.count("\n")) == (2, 1)
+    codes, errors = together({name: ["run", path, "--resume", "--events"] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    assert not list(telco.glob("*.checkpoint")) and (telco / "resumed_ledger.jsonl").exists()
+    assert colonnade("run", paths["bank"], "--resume")[0] == 2  # nothing is left to go on with
+
+    coef, x, y, test = [], [], np.empty(0), np.empty(0, bool)
+    for name, held in tables.items():
+        rows = pd.read_csv(tmp_path / "out" / name / "rows.csv")
+        share = json.loads((tmp_path / "out" / name / "model.json").read_text())
+        test = rows["part"].to_numpy() == "test"
+        part = held.iloc[rows["row"]]
+        values = part[share["features"]].to_numpy()
+        values = StandardScaler().fit(values[~test]).transform(values)[~test]
+        coef += share["coef"][0]
+        x.append(values if name == "bank" else np.rint(values * 2**20) / 2**20)
+        if name == "bank":
+            y = (part["bad"] == "yes").to_numpy(float)[~test]
+            assert share["exchanges"] == 60 * (len(y) // 60)
+    alone = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(x[0], y)
+    joined = np.column_stack([*x, np.ones(len(y))])
+    weights = np.zeros(joined.shape[1])
+    weights[:2], weights[-1] = alone.coef_[0], alone.intercept_[0]
+    penalty = np.append(np.full(len(weights) - 1, 1 / len(y)), 0.0)
+    for batch in sgd.batches(len(y), 60, 60, 0):
+        residual = expit(joined[batch] @ weights) - y[batch]
+        weights -= 0.1 * (joined[batch].T @ residual / len(batch) + penalty * weights)
+    np.testing.assert_allclose(coef, weights[:-1], atol=1e-5)
+
+
+QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -264,9 +264,6 @@ def test_lines_are_read_whole_as_a_file_grows_and_the_last_without_its_end(tmp_p
     assert whole == [b"one", b"two", b"", b"three"]
 
 
-SERVE = "from vfl import cli, serve; cli.app.command()(cli._one_line_errors()(serve.serve)); cli.main()"
-
-
 @pytest.fixture
 def world(tmp_path):
     """Three organisations with shares of one model, and for every customer common to all the score it must get."""
@@ -299,7 +296,7 @@ class Running:
         more = {"bank": ["--requests", str(self.requests), "--output", str(self.scores), *options]}
         self.processes = {
             name: subprocess.Popen(
-                [sys.executable, "-c", SERVE, "serve", str(path), *more.get(name, []), "--events"],
+                [sys.executable, "-m", "vfl", "serve", str(path), *more.get(name, []), "--events"],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

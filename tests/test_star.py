@@ -11,14 +11,15 @@ import pytest
 
 import parties.handshake
 from parties.agreement import Agreement, flatten
-from parties.errors import PeerAborted, PeerLost, ProtocolViolation, Refused
+from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused
 from parties.handshake import Roll, Roster
 from parties.identity import PublicIdentity
 from parties.ledger import Ledger
 from parties.memory import MemoryLink, make_agreement, outcomes, play
 from parties.message import decode, encode, parse_header
-from parties.session import Session, allowed_classes
+from parties.session import Session, allowed_classes, open_session
 from tests.conftest import IDENTITIES, NAMES, Stream, changed
+from tests.world import free_ports
 
 HORIZONTAL: dict[str, Any] = {
     "horizontal": {"classes": [0, 1], "clients": {"deadline": 1}},
@@ -283,3 +284,37 @@ def test_a_client_insists_on_the_coordinators_countersignature() -> None:
 
     results = outcomes(dict.fromkeys(NAMES, facts) | {"bank": leave}, star(), IDENTITIES)
     assert all(isinstance(results[name], PeerAborted) for name in NAMES[1:])
+
+
+# ---- over sockets
+
+
+def test_over_sockets_the_run_begins_without_the_late_who_are_told_in_time() -> None:
+    plain = msgspec.to_builtins(star(deadlines={"connect": 3.0, "silence": 2.0, "stall": 5.0, "message": 10.0}))
+    for party in plain["parties"]:
+        party["endpoint"] = f"tcp://127.0.0.1:{free_ports(1)[0]}" if party["name"] == "bank" else ""
+    agreement = msgspec.convert(plain, Agreement)
+    begun, over = threading.Event(), threading.Event()
+    ended: dict[str, Any] = {}
+
+    def party(name: str) -> None:
+        try:
+            with open_session(IDENTITIES[name], agreement) as session:
+                begun.set()
+                while not over.wait(0.1):
+                    session.tick()
+                ended[name] = facts(session)
+        except ColonnadeError as error:
+            ended[name] = error
+
+    threads = {name: threading.Thread(target=party, args=(name,)) for name in NAMES}
+    for name in ("bank", "grocer", "press"):
+        threads[name].start()
+    assert begun.wait(10)
+    threads["mill"].start()
+    threads["mill"].join(10)
+    over.set()
+    for thread in threads.values():
+        thread.join(10)
+    assert ended["bank"] == (ended["press"][0], ["grocer", "press"], ["bank", "grocer", "press"])
+    assert isinstance(ended["mill"], PeerLost) and "may have begun without us" in str(ended["mill"])

@@ -134,7 +134,7 @@ def frozen(bottom: Any, X: Any) -> Matrix:
 
 def state_of(module: Any, prefix: str) -> Tensors:
     """A module's parameters and buffers by name, as float64 copies."""
-    return {f"{prefix}.{name}": np.array(value, np.float64) for name, value in module.state_dict().items()}
+    return {f"{prefix}.{name}": value.numpy().astype(np.float64) for name, value in module.state_dict().items()}
 
 
 def put_state(module: Any, prefix: str, tensors: Mapping[str, NDArray[np.float64]]) -> None:

@@ -31,8 +31,10 @@ from psi.identifiers import rules_of
 from psi.job import House, Prepared, prepare
 from psi.report import Check
 from psi.selftest import rehearse
+from vfl.commands_audit import audit_command
 from vfl.console import Watcher, err, frames, logging_to, out
 from vfl.horizontal import commands as horizontal
+from vfl.serve import serve
 
 if TYPE_CHECKING:
     from vfl.estimate import Estimate
@@ -124,7 +126,7 @@ def check(path: PartyPath) -> None:
     if party.agreement.is_horizontal:
         horizontal.check(party)
         return
-    agreement, trains = party.agreement, bool(party.file.table.features)
+    agreement, trains = party.agreement, bool(party.file.table.features or party.file.table.label)
     house, ours, cost = House(party), None, None
     if trains:
         from vfl import job as model_job
@@ -281,7 +283,7 @@ def align(path: PartyPath, events: Events = False) -> None:
 def run(
     path: PartyPath,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Horizontal: go on from the last round's checkpoint.")
+        bool, typer.Option("--resume", help="Go on with a run that stopped, from the last state that all have.")
     ] = False,
     events: Events = False,
 ) -> None:
@@ -293,8 +295,6 @@ def run(
     if party.agreement.is_horizontal:
         horizontal.run(party, events=events, resume=resume)
         return
-    if resume:
-        raise LocalError("only horizontal jobs keep checkpoints; start this run anew, without --resume")
     with (
         occupied(party.output),
         logging_to(party.output / "log.txt") as (log, warnings),
@@ -302,7 +302,7 @@ def run(
     ):
         log.info("run of %s under agreement %s", party.name, party.agreement.digest.hex())
         _waiting(party, events)
-        outcome = model_job.run(party, watcher, log.warning)
+        outcome = (model_job.resume if resume else model_job.run)(party, watcher, log.warning)
         summary = report.write_outcome(party, outcome, warnings)
         log.info("session %s: %d rows in common", outcome.session, len(outcome.rows))
         log.info("%d exchanges, converged: %s", summary["exchanges"], summary["converged"])
@@ -383,7 +383,9 @@ def verify(
 ) -> None:
     """Check PSI reports offline: signatures, counts, ledgers; several together also against each other; with --party,
     --sample and --replay also our input against what was committed and sent."""
-    import vfl.messages  # noqa: F401, a ledger names its kinds
+    import vfl.messages
+    import vfl.resume
+    import vfl.scoring_messages  # noqa: F401, a ledger names its kinds
     from psi import audit
     from psi.verify import each_check
 
@@ -437,6 +439,8 @@ def _one_line_errors() -> Iterator[None]:
 
 
 app.command()(horizontal.simulate)
+app.command()(serve)
+app.command("audit")(audit_command)
 for _command in app.registered_commands:
     if _command.callback is not None:
         _command.callback = _one_line_errors()(_command.callback)

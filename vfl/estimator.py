@@ -20,6 +20,7 @@ from vfl.exchange import accept_key, offer_key
 from vfl.inner import Inner, Problem
 from vfl.inputs import matrix, row_weights
 from vfl.losses import Loss, Matrix, Vector
+from vfl.meter import Meter
 from vfl.preparation import FittedColumns
 from vfl.resume import ANEW, Checkpoints, Start
 from vfl.secure_sum import Contribution, sum_embeddings
@@ -48,9 +49,9 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
 
     Attributes:
         coef_ (m, d) for our d columns; intercept_ (m,), zero but at the label holder; n_iter_ exchanges; converged_;
-        terms_, how the exchanges were encrypted; feature_names_in_; training_ the session's id in hex; alone_ (label
-        holder) scikit-learn's model of its own columns, from which training started; objective_, gradient_norm_ (label
-        holder); classes_ (label holder, classifiers).
+        terms_, how the exchanges were encrypted; readings_, what training disclosed; feature_names_in_; training_ the
+        session's id in hex; alone_ (label holder) scikit-learn's model of its own columns, from which training started;
+        objective_, gradient_norm_ (label holder); classes_ (label holder, classifiers).
     """
 
     _strength: ClassVar[str]  # the parameter that says how strong the penalty is
@@ -104,46 +105,67 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
             outputs=targets.shape[1],
             bounded=loss is not None and loss.bounded and weights.max(initial=1.0) <= 1,
         )
+        meter = Meter(
+            setup.ranks,
+            len(x),
+            session.agreement.leakage,
+            agreed.allow_reconstruction,
+            y=targets[:, 0]
+            if len(targets.T) == 1
+            else targets.argmax(axis=1).astype(float)
+            if len(targets.T)
+            else None,
+        )
         start = ANEW if checkpoints is None else checkpoints.start(session, resume=resume)
         if loss is None:
-            result = self._fit_feature_holder(session, setup, start)
+            result = self._fit_feature_holder(session, setup, meter, start)
         else:
             problem = self._problem(loss, targets, weights)
-            result = self._fit_label_holder(session, x, problem, setup, start, secret)
+            result = self._fit_label_holder(session, x, problem, setup, meter, start, secret)
         if checkpoints is not None:
             checkpoints.clear()
         if plan:
             result = replace(result, converged=len(setup.batches) == len(plan))
         if not result.converged:
-            say_why(session, result, setup.limits, min(self.max_iter, agreed.max_exchanges))
+            say_why(result, setup.limits, min(self.max_iter, agreed.max_exchanges))
         self.coef_, self.intercept_ = result.weights.T, result.intercept
         self.n_iter_, self.converged_, self.terms_ = result.exchanges, result.converged, setup.terms
+        self.readings_ = meter.readings
         self.objective_, self.gradient_norm_ = result.objective, result.gradient_norm
         self.n_features_in_, self.feature_names_in_ = x.shape[1], np.array(names, dtype=object)
         self.training_, self.agreement_, self.party_ = session.id.hex(), session.agreement.digest.hex(), session.name
         return self
 
     def _fit_label_holder(
-        self, session: Session, x: Matrix, problem: Problem, setup: Setup, start: Start, secret: SecretKey | None
+        self,
+        session: Session,
+        x: Matrix,
+        problem: Problem,
+        setup: Setup,
+        meter: Meter,
+        start: Start,
+        secret: SecretKey | None,
     ) -> Result:
         inner = Inner(replace(problem, penalty=self._penalty(len(x))))  # all of it L2: where training starts
         inner.fit(x)
         self.alone_ = inner.snapshot()
         end = offer_key(session, setup.terms, secret)
         if self.solver == "subspace":
-            return subspace.label_holder(session, x, problem, inner, setup.limits, end, start)
+            return subspace.label_holder(session, x, problem, inner, setup.limits, end, meter, start)
         if self.solver == "proximal":
-            return proximal.label_holder(session, x, problem, self._l1(len(x)), inner, setup.limits, end)
-        return sgd.label_holder(session, x, problem, inner, self.learning_rate, setup.batches, end, start)
+            return proximal.label_holder(session, x, problem, self._l1(len(x)), inner, setup.limits, end, meter)
+        return sgd.label_holder(session, x, problem, inner, self.learning_rate, setup.batches, end, meter, start)
 
-    def _fit_feature_holder(self, session: Session, setup: Setup, start: Start) -> Result:
+    def _fit_feature_holder(self, session: Session, setup: Setup, meter: Meter, start: Start) -> Result:
         end = accept_key(session, setup.terms, setup.x)
         contribution, n = Contribution(session), len(setup.x)
         if self.solver == "subspace":
-            return subspace.feature_holder(session, self._l2(n), setup.limits, end, contribution, start)
+            return subspace.feature_holder(session, self._l2(n), setup.limits, end, contribution, meter, start)
         if self.solver == "proximal":
-            return proximal.feature_holder(session, self._l2(n), self._l1(n), setup.limits, end, contribution)
-        return sgd.feature_holder(session, self._l2(n), self.learning_rate, setup.batches, end, contribution, start)
+            return proximal.feature_holder(session, self._l2(n), self._l1(n), setup.limits, end, contribution, meter)
+        return sgd.feature_holder(
+            session, self._l2(n), self.learning_rate, setup.batches, end, contribution, meter, start
+        )
 
     def _problem(self, loss: Loss, targets: Matrix, weights: Vector) -> Problem:
         return Problem(loss, targets, weights, self._l2(len(targets)), self.fit_intercept)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 
-from parties.agreement import Model
+from parties.agreement import Agreement, Model
 from parties.errors import LocalError, Refused
 from parties.party_file import Party, TableChoice
 from parties.preparation import Preparation
@@ -20,15 +22,23 @@ from parties.session import TRAIN, Progress, Session
 from parties.tables import Source, Table
 from psi import job as psi_job
 from psi.report import Report
-from vfl.evaluation import Evaluation, compare
+from psi.verify import load_report
+from vfl.estimator import VerticalLinearModel
+from vfl.evaluation import Evaluation
 from vfl.exchange import Scales
+from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
 from vfl.inputs import RANK_TOLERANCE, check_columns
-from vfl.linear import VerticalLogisticRegression
-from vfl.losses import Vector
+from vfl.losses import Matrix, Vector
 from vfl.preparation import FittedCategory, FittedColumns, FittedNumber, fit
+from vfl.resume import Checkpoints
+from vfl.search import Outcome as Searched
+from vfl.search import search
+from vfl.task import classes_of, estimator, evaluate, label_use, scores
 
 log = logging.getLogger("colonnade")
 TRAINED = (*psi_job.ALIGNED, "model.json", "report.html")
+RESUMED = ("resumed_ledger.jsonl", "model.json", "report.html", "rows.csv", "summary.json")
+ALIGNMENT = "alignment.checkpoint"
 SCORED = tuple(f"score_{name}" for name in psi_job.EVIDENCE)
 
 
@@ -41,7 +51,7 @@ class Prepared(psi_job.Prepared):
     """
 
     features: pd.DataFrame = field(repr=False)
-    label: Vector | None = field(repr=False)
+    label: NDArray[Any] | None = field(repr=False)
     plan: Preparation = field(repr=False)
     fitted: FittedColumns = field(repr=False)
 
@@ -58,10 +68,11 @@ class Outcome:
     seconds: dict[str, float]
     bytes_sent: dict[str, dict[str, int]]
     bytes_by_phase: dict[str, int]
-    model: VerticalLogisticRegression
+    model: VerticalLinearModel
     fitted: FittedColumns = field(repr=False)
-    probability: Vector | None = field(default=None, repr=False)
+    scores: Matrix | Vector | None = field(default=None, repr=False)
     evaluation: Evaluation | None = field(default=None, repr=False)
+    searched: Searched | None = field(default=None, repr=False)
 
 
 def prepare(
@@ -78,7 +89,7 @@ def prepare(
     """
     choice, plan, agreement = party.file.table, party.file.prepare, party.agreement
     names = list(choice.features if trained is None else trained.columns)
-    if not names:
+    if not names and not party.is_label_holder:
         raise LocalError(f"{party.path}: name our columns as features in [table]; 'colonnade align' needs none")
     if trained is None and party.is_label_holder and not choice.label:
         raise LocalError(f"{party.path}: the label holder names its label in [table]; 'colonnade align' needs none")
@@ -86,10 +97,22 @@ def prepare(
         raise Refused(f'the agreement reveals only {agreement.intersection.result!r}: a model needs result = "rows"')
     categories, gaps = _declared(plan) if trained is None else _learnt(trained)
     label = choice.label if trained is None else ""
+    use = label_use(agreement.model, choice.positive)
+    wanted, binary = (names, label) if use == "binary" or not label else ([*names, label], "")
     read = psi_job.prepare(
-        party, source=source, features=names, label=label, categories=categories, gaps=gaps, look=look
+        party,
+        source=source,
+        features=wanted,
+        label=binary,
+        categories=categories | ({label} if use == "classes" and label else set()),
+        gaps=gaps,
+        look=look,
     )
-    features, truth = _taking_part(read, choice)
+    table = read.table
+    target = table.label if not label or binary else table.features.pop(label)
+    if label and use == "classes" and target is not None:
+        target = classes_of(table.source, label, target)
+    features, truth = _taking_part(read, choice, target)
     try:
         fitted = trained or _fitted(features, plan, agreement.model, party.is_label_holder)
         columns = fitted.transform(features)
@@ -144,11 +167,12 @@ def _warn_dependent(columns: pd.DataFrame) -> None:
         )
 
 
-def _taking_part(read: psi_job.Prepared, choice: TableChoice) -> tuple[pd.DataFrame, Vector | None]:
+def _taking_part(
+    read: psi_job.Prepared, choice: TableChoice, label: NDArray[Any] | None
+) -> tuple[pd.DataFrame, NDArray[Any] | None]:
     """One row of features and one label for every id; several rows of one id are aggregated if our file says so."""
     table, ids = read.table, read.ids
-    features = pd.DataFrame(table.features, copy=False)
-    label = table.label
+    features = pd.DataFrame(table.features, index=range(len(table)), copy=False)
     if choice.duplicates != "aggregate" or not ids.counts["duplicate"]:
         return features.iloc[ids.rows], None if label is None else label[ids.rows]
     part = ids.groups >= 0
@@ -158,81 +182,101 @@ def _taking_part(read: psi_job.Prepared, choice: TableChoice) -> tuple[pd.DataFr
         differing = int((spread["min"] != spread["max"]).sum())
         if differing:
             raise LocalError(
-                f"{table.source}, column {choice.label!r}: {differing} ids have rows of both labels; correct them"
+                f"{table.source}, column {choice.label!r}: {differing} ids have rows of different labels; correct them"
             )
     return grouped.agg(dict(choice.aggregate))[list(features)].astype(np.float64), (
         None if label is None else label[ids.rows]
     )
 
 
-def estimator(model: Model) -> VerticalLogisticRegression:
-    """The estimator that the agreement describes."""
-    return VerticalLogisticRegression(
-        C=model.C,
-        fit_intercept=model.fit_intercept,
-        solver=model.solver,
-        tol=model.tolerance,
-        max_iter=model.max_exchanges,
-        epochs=model.epochs,
-        learning_rate=model.learning_rate,
-        batch_size=model.batch_size,
-        random_state=model.seed,
-    )
-
-
-def train(session: Session, prepared: Prepared, minimum: int = 0, house: psi_job.House | None = None) -> Outcome:
+def train(
+    session: Session,
+    prepared: Prepared,
+    minimum: int = 0,
+    house: psi_job.House | None = None,
+    folder: Path | None = None,
+) -> Outcome:
     """The job in an open session. The same function at every party; the label holder's table has the label. `house`
-    keeps the evidence of the intersection as soon as rows are known, whatever happens later.
+    keeps the evidence of the intersection as soon as rows are known, whatever happens later; `folder` keeps what
+    `resume` needs.
 
     The joint model is compared with the label holder alone, but not with the model without one feature holder: that
     takes the sum of the others' embeddings of the held-out rows, and the difference would tell the label holder what
     that one's embedding of each row is. Of a single feature holder there is nobody else to leave.
 
     Reveals:
-        To every party: what `align`, `VerticalLogisticRegression.fit` and its `decision_function` reveal; no more.
+        To every party: what `align`, `VerticalLinearModel.fit` and its `decision_function` reveal; no more.
     """
-    settings = session.agreement.model
     common, report = _common(session, prepared, minimum, house)
     if not len(common):
         raise Refused("no customer is common to all parties; are the ids of one kind, and the rule right?")
+    if folder is None or session.agreement.search is not None:  # a search begins anew
+        return _train_on(session, prepared, common, report, None, False)
+    job = _job(session.agreement, prepared)
+    write_checkpoint(folder / ALIGNMENT, job, {"session": session.id.hex()}, {"rows": common.astype("<i8")})
+    return _train_on(session, prepared, common, report, Checkpoints(folder, job), False)
+
+
+def _job(agreement: Agreement, prepared: Prepared) -> bytes:
+    """What an interrupted training was: the agreement, and our own columns and label."""
+    digest = hashlib.sha256(b"colonnade/job/1" + agreement.digest)
+    for values in (*(prepared.features[name] for name in prepared.features), pd.Series(prepared.label)):
+        digest.update(pd.util.hash_pandas_object(values, index=False).to_numpy().tobytes())
+    return digest.digest()
+
+
+def _train_on(
+    session: Session,
+    prepared: Prepared,
+    common: NDArray[np.int64],
+    report: Report,
+    checkpoints: Checkpoints | None,
+    resume: bool,
+) -> Outcome:
+    """Train, score and evaluate on rows that are known."""
+    settings = session.agreement.model
     features = prepared.features.iloc[common].reset_index(drop=True)
     test = split(len(features), settings.test_fraction, settings.seed)
     label = None if prepared.label is None else prepared.label[common]
     with session.phase("train"):
         fitted = _fitted(features[~test], prepared.plan, settings, session.is_label_holder)
         columns = fitted.transform(features)
-        model = estimator(settings)
-        model.fit(columns[~test], None if label is None else label[~test], session=session)
-    probability, evaluation = None, None
+        mine, target = columns[~test], None if label is None else label[~test]
+        searched = None
+        if session.agreement.search is None:
+            model = estimator(settings).fit(mine, target, session=session, checkpoints=checkpoints, resume=resume)
+        else:
+            searched = search(
+                session, lambda: estimator(settings), mine, target, session.agreement.search, settings.seed
+            )
+            model = searched.model
+    found, evaluation = None, None
     if test.any():
         with session.phase("score"):
-            both = model.predict_proba(columns[test], session=session)
-        if both is not None and label is not None:
-            probability = both[:, 1]
-            alone = model.alone_.predict_proba(columns[test].to_numpy())[:, 1]
-            evaluation = compare("binary", label[test], {"joint": probability, "alone": alone})
-    return _outcome(session, prepared, common, report, test, model, fitted, probability, evaluation)
+            found = scores(model, columns[test], session)
+        if found is not None and label is not None:
+            evaluation = evaluate(model, label[test], found, columns[test].to_numpy())
+    return _outcome(session, prepared, common, report, test, model, fitted, found, evaluation, searched)
 
 
 def score(
     session: Session,
     prepared: Prepared,
-    model: VerticalLogisticRegression,
+    model: VerticalLinearModel,
     minimum: int = 0,
     house: psi_job.House | None = None,
 ) -> Outcome:
     """Align new rows and score them; the scores stay with the label holder.
 
     Reveals:
-        To every party: what `align` and `VerticalLogisticRegression.decision_function` reveal; no more.
+        To every party: what `align` and `VerticalLinearModel.decision_function` reveal; no more.
     """
     common, report = _common(session, prepared, minimum, house)
     columns = prepared.fitted.transform(prepared.features.iloc[common].reset_index(drop=True))
     with session.phase("score"):
-        both = model.predict_proba(columns, session=session)
-    probability = None if both is None else both[:, 1]
+        found = scores(model, columns, session)
     test = np.ones(len(columns), bool)
-    return _outcome(session, prepared, common, report, test, model, prepared.fitted, probability, None)
+    return _outcome(session, prepared, common, report, test, model, prepared.fitted, found, None, None)
 
 
 def split(rows: int, fraction: float, seed: int) -> NDArray[np.bool_]:
@@ -248,7 +292,31 @@ def run(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcom
     prepared = prepare(party)
     house.check_budget(prepared.ids)
     with psi_job.meeting(house, approval, TRAIN, TRAINED, progress, note) as session:
-        outcome = train(session, prepared, party.file.policy.minimum_intersection, house)
+        outcome = train(session, prepared, party.file.policy.minimum_intersection, house, party.output)
+    (party.output / ALIGNMENT).unlink(missing_ok=True)
+    return _closed(outcome, session)
+
+
+def resume(party: Party, progress: Progress, note: Callable[[str], None]) -> Outcome:
+    """`colonnade run --resume`: go on with a training that stopped, on the rows that its intersection found. Every
+    party does so; what it needs is in our output folder.
+
+    Raises:
+        LocalError: there is nothing to go on with, or our table or the agreement has changed.
+    """
+    approval, house = party.approval, psi_job.House(party, "resumed_", spends=False)
+    prepared = prepare(party)
+    found = read_checkpoint(party.output / ALIGNMENT, _job(party.agreement, prepared))
+    if found is None:
+        raise LocalError(f"{party.output} holds no training that stopped; run without --resume")
+    report = load_report(party.output / "psi_report.json")
+    if report.session != found.facts["session"]:
+        raise LocalError(f"{party.output / 'psi_report.json'} is of another run; run without --resume")
+    task = f"resume {report.session[:32]}"
+    with psi_job.meeting(house, approval, task, RESUMED, progress, note) as session:
+        checkpoints = Checkpoints(party.output, found.job)
+        outcome = _train_on(session, prepared, found.arrays["rows"], report, checkpoints, True)
+    (party.output / ALIGNMENT).unlink(missing_ok=True)
     return _closed(outcome, session)
 
 
@@ -256,7 +324,7 @@ def predict(
     party: Party, source: Source, share: Path, progress: Progress, note: Callable[[str], None]
 ) -> tuple[Outcome, Prepared]:
     """`colonnade predict`: align the rows of `source` with the others' new rows afresh, and score them."""
-    model = VerticalLogisticRegression.load(share)
+    model = VerticalLinearModel.load(share)
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
     approval, house = party.approval, psi_job.House(party, "score_")
@@ -290,13 +358,14 @@ def _outcome(
     common: NDArray[np.int64],
     report: Report,
     test: NDArray[np.bool_],
-    model: VerticalLogisticRegression,
+    model: VerticalLinearModel,
     fitted: FittedColumns,
-    probability: Vector | None,
+    found: Matrix | Vector | None,
     evaluation: Evaluation | None,
+    searched: Searched | None,
 ) -> Outcome:
     rows, name = prepared.ids.rows[common], session.id.hex()
-    return Outcome(name, session.task, rows, test, report, {}, {}, {}, model, fitted, probability, evaluation)
+    return Outcome(name, session.task, rows, test, report, {}, {}, {}, model, fitted, found, evaluation, searched)
 
 
 def _closed(outcome: Outcome, session: Session) -> Outcome:

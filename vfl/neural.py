@@ -35,9 +35,9 @@ from vfl.open_split import DEFENCES, Guard
 from vfl.optimisers import Rule
 from vfl.preparation import FittedColumns
 from vfl.secure_sum import Contribution
-from vfl.split import Merge, Schedule
+from vfl.split import Merge
 from vfl.top import Top, perceptron
-from vfl.training import Setup, agree
+from vfl.training import agree
 
 log = logging.getLogger("colonnade")
 CHOICES = {
@@ -169,7 +169,7 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         shape = x.shape[1], block.stop - block.start
         bottom = Linear(x, initial(shape, x.shape[1], randomness), self._rule)
         top, hidden = self._top(merge.width, outputs, randomness), self._hidden(target)
-        schedule, setup = self._plan(session, clauses, x, names)
+        schedule, setup = plan(session, type(self).__name__, self._plain_params(), clauses, self._width, x, names)
         exchange: LabelEnd | Guard
         if setup is None:
             exchange = Guard(self.defence, clauses.leak_limit, self.epochs, hidden, merge.width, randomness)
@@ -186,7 +186,7 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         self, session: Session, clauses: Clauses, x: NDArray[np.float64], names: list[str], randomness: Randomness
     ) -> None:
         bottom = self._bottom(x, randomness)
-        schedule, setup = self._plan(session, clauses, x, names)
+        schedule, setup = plan(session, type(self).__name__, self._plain_params(), clauses, self._width, x, names)
         end = None if setup is None else accept_key(session, setup.terms, setup.x)
         contribution = Contribution(session)
         self.epochs_ = split.feature_holder(session, bottom, schedule, self._merged(session, names), contribution, end)
@@ -287,12 +287,8 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         return Linear(x, initial((x.shape[1], self._width), x.shape[1], randomness), self._rule)
 
     def _merged(self, session: Session, names: list[str]) -> Merge:
-        return Merge.of(session, self._width, self.merge == "concatenation", bool(names))
-
-    def _plan(
-        self, session: Session, clauses: Clauses, x: NDArray[np.float64], names: list[str]
-    ) -> tuple[Schedule, Setup | None]:
-        return plan(session, f"fit {type(self).__name__}", self._plain_params(), clauses, self._width, x, names)
+        ring = [party.name for party in session.agreement.ring]
+        return Merge.of(ring, self._width, self.merge == "concatenation", bool(names))
 
     @property
     def _deep(self) -> bool:

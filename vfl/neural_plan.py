@@ -59,7 +59,7 @@ def check_consent(session: Session, clauses: Clauses, mode: str, merge: str) -> 
 
 def plan(
     session: Session,
-    purpose: str,
+    kind: str,
     params: Mapping[str, Any],
     clauses: Clauses,
     width: int,
@@ -67,7 +67,7 @@ def plan(
     names: list[str],
 ) -> tuple[Schedule, Setup | None]:
     """What happens when, and (encrypted) the terms of exchanges of this width; all parties agree on it. `params` are
-    the shared ones of an estimator.
+    the shared ones of an estimator of this kind.
 
     Without allow_reconstruction a row is embedded `width` times an epoch only while that stays below the rank of the
     feature holders' columns.
@@ -77,7 +77,7 @@ def plan(
     Raises:
         LocalError: our columns cannot be trained on. Refused, ProtocolViolation: a peer plans otherwise.
     """
-    epochs, seed = params["epochs"], params["random_state"]
+    epochs, seed, purpose = params["epochs"], params["random_state"], f"fit {kind}"
     order = np.random.default_rng([seed, 1]).permutation(len(x))  # not a secret: all share it
     held = np.sort(order[: round(params["validation_fraction"] * len(x)) if params["early_stopping"] else 0])
     rest = np.setdiff1d(np.arange(len(x)), held)

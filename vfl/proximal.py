@@ -19,6 +19,7 @@ from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
 from vfl.inner import Inner, Problem
 from vfl.losses import Matrix
 from vfl.messages import LARGEST, Step
+from vfl.meter import Meter
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
 from vfl.solver import Limits, Result, check_finite, expected
 
@@ -55,7 +56,7 @@ def _allowed(limits: Limits, width: int) -> int:
 
 
 def label_holder(
-    session: Session, x: Matrix, problem: Problem, l1: float, inner: Inner, limits: Limits, end: LabelEnd
+    session: Session, x: Matrix, problem: Problem, l1: float, inner: Inner, limits: Limits, end: LabelEnd, meter: Meter
 ) -> Result:
     """Train our weights while every feature holder trains its own, from the model of our columns x (n, d) alone.
 
@@ -87,6 +88,7 @@ def label_holder(
             ours = np.array(slice_.step(gradient, length))
             theirs = sum_scalars(session, SCALARS, sent)
             embedded = sum_embeddings(session, n, sent, width)
+            meter.embedded(embedded)
             sent += 1
             if min(theirs[1], theirs[3], theirs[4], theirs[5]) < 0:
                 raise ProtocolViolation("the feature holders' scalar products cannot be: a square is negative")
@@ -105,6 +107,7 @@ def label_holder(
         momentum = 0.0 if turned else float((inertia - 1) / faster)
         last = converged or exchange + 1 == limits.exchanges
         session.broadcast(Step(exchange, 0.0, momentum, True, last, converged))
+        meter.read(0)
         session.advance(exchange + 1, exchange + 1 if last else expected(first, norm, exchange, limits))
         inertia, intercept, beyond = faster, moved, moved + momentum * (moved - intercept)
         scores, ahead = tried, tried + momentum * (tried - scores)
@@ -116,7 +119,7 @@ def label_holder(
 
 
 def feature_holder(
-    session: Session, l2: float, l1: float, limits: Limits, end: FeatureEnd, contribution: Contribution
+    session: Session, l2: float, l1: float, limits: Limits, end: FeatureEnd, contribution: Contribution, meter: Meter
 ) -> Result:
     """Train our weights (d, m) from zero. The mirror of `label_holder`.
 
@@ -145,11 +148,14 @@ def feature_holder(
                 if not np.abs(slice_.trial).max() < LARGEST**0.5:
                     raise ValueError("a step that cannot be")
             contribution.send_scalars(scalars, sent)
-            contribution.send_embedding(exact @ slice_.trial, sent)
+            embedding = exact @ slice_.trial
+            contribution.send_embedding(embedding, sent)
+            meter.embedded(embedding)
             sent += 1
         if order.taken:
             slice_.accept(order.momentum)
         now = float(np.linalg.norm(gradient))
+        meter.read(0)
         session.advance(exchange + 1, exchange + 1 if order.last else expected(first, now, exchange, limits))
         if order.last:
             return Result(slice_.w, np.zeros(end.terms.width), exchange + 1, order.converged)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from parties.agreement import Agreement, Result
+from parties.agreement import Agreement, Model, Result
 from parties.identity import Identity
 from parties.memory import MemoryLink, make_agreement, play
 from parties.message import decode, parse_header
@@ -24,9 +24,9 @@ from psi.align import align
 from psi.job import ALIGN
 from vfl.estimator import VerticalLinearModel
 from vfl.inner import Problem
-from vfl.job import estimator
 from vfl.losses import Loss, Matrix, Vector
 from vfl.messages import MaskedEmbedding, PartialEmbedding
+from vfl.task import estimator
 
 Rows = NDArray[np.int64]
 NEVER = 1e-300  # a tolerance that stops nothing
@@ -70,14 +70,8 @@ def rehearse(parts: Mapping[str, pd.DataFrame], y: Vector, agreed: Agreement) ->
         encryption=msgspec.structs.replace(agreed.encryption, scheme="lattice"),
     )
 
-    def role(name: str) -> Callable[[Session], VerticalLinearModel]:
-        def run(session: Session) -> VerticalLinearModel:
-            trained = _watched(estimator(agreement.model))
-            return trained.fit(parts[name], y if session.is_label_holder else None, session=session)
-
-        return run
-
-    trained = play({name: role(name) for name in names}, agreement, identities=identities, recorded=recorded)
+    roles = {name: _trainer(x, y if name == names[0] else None, agreement.model) for name, x in parts.items()}
+    trained = play(roles, agreement, identities=identities, recorded=recorded)
     residuals = trained[names[0]].problem_.residuals
     rows = residuals[0][0]
     aggregated = [residual for _, residual in residuals if len(residual) == len(y)] or [residuals[0][1]]
@@ -131,6 +125,10 @@ class _Watched(Problem):
         out = super().residual(scores)
         self.residuals.append((np.arange(len(out)) if self.at is None else self.at, out))
         return out
+
+
+def _trainer(x: pd.DataFrame, y: Vector | None, model: Model) -> Callable[[Session], VerticalLinearModel]:
+    return lambda session: _watched(estimator(model)).fit(x, y, session=session)
 
 
 def _watched(model: VerticalLinearModel) -> VerticalLinearModel:

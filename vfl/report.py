@@ -14,12 +14,15 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from parties.agreement import Agreement
+from parties.errors import LocalError
 from parties.files import write_json, write_whole
 from parties.party_file import Party
 from vfl import html
 from vfl.encryption.choice import strength
+from vfl.estimator import VerticalLinearModel
 from vfl.job import Outcome, Prepared
-from vfl.linear import VerticalLogisticRegression
+from vfl.meter import Cell, reading_rows
+from vfl.task import shown
 
 SINGLE_HOLDER = (
     "One feature holder: its partial embeddings have nothing to hide behind. After as many exchanges as it has columns "
@@ -30,7 +33,15 @@ SEVERAL_HOLDERS = (
     "knows as many rows of one of them, can then rebuild that one's other rows."
 )
 
-SHOWN = {"auc": "AUC", "log_loss": "log loss"}  # of a model's figures, in the closing table
+SHOWN = {  # of a model's figures, in the closing table
+    "auc": "AUC",
+    "accuracy": "accuracy",
+    "log_loss": "log loss",
+    "r2": "R2",
+    "rmse": "RMSE",
+    "d2": "D2",
+    "deviance": "mean deviance",
+}
 
 
 def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[str, Any]:
@@ -39,9 +50,9 @@ def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> di
     folder = party.output
     outcome.model.save(folder / "model.json", prepared=outcome.fitted)
     rows = pd.DataFrame({"row": outcome.rows, "part": np.where(outcome.test, "test", "train")})
-    if outcome.probability is not None:
-        rows["score"] = np.nan
-        rows.loc[outcome.test, "score"] = outcome.probability
+    if outcome.scores is not None:
+        held_out = pd.DataFrame(shown(outcome.model, outcome.scores), index=np.flatnonzero(outcome.test))
+        rows = rows.join(held_out)
     write_whole(folder / "rows.csv", rows.to_csv(index=False).encode(), mode=0o600)
     summary = summarise(party, outcome, warnings)
     write_json(folder / "summary.json", summary)
@@ -82,8 +93,16 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
         "seconds_by_phase": outcome.seconds,
         "bytes_sent": outcome.bytes_sent,
         "bytes_by_phase": outcome.bytes_by_phase,
+        "leakage": reading_rows(getattr(outcome.model, "readings_", [])),
         "notes": [*notes(agreement), *warnings],
     }
+    if outcome.searched is not None:
+        summary["search"] = {
+            "folds": agreement.search.folds if agreement.search else 0,
+            "chosen": outcome.searched.parameters,
+        }
+        if outcome.searched.figures is not None:
+            summary["search"]["figures"] = outcome.searched.figures.tolist()
     if party.is_label_holder:
         found = outcome.evaluation
         summary |= {
@@ -94,7 +113,7 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
     return summary
 
 
-def encryption(model: VerticalLogisticRegression, agreement: Agreement) -> dict[str, Any]:
+def encryption(model: VerticalLinearModel, agreement: Agreement) -> dict[str, Any]:
     """The scheme that was agreed, the one that was used, and what both were predicted to cost."""
     terms = getattr(model, "terms_", None)  # a loaded model has not been trained here
     if terms is None:
@@ -141,8 +160,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_row("train / test", f"{summary['rows_train']:,} / {summary['rows_test']:,} rows")
     for name, values in summary.get("metrics", {}).items():
         who = "label holder alone" if name == "alone" else "joint model"
-        shown = ", ".join(f"{text} {values[figure]:.4f}" for figure, text in SHOWN.items() if figure in values)
-        table.add_row(who, f"{shown or 'nothing to measure'} on the test rows")
+        told = ", ".join(f"{text} {values[figure]:.4f}" for figure, text in SHOWN.items() if figure in values)
+        table.add_row(who, f"{told or 'nothing to measure'} on the test rows")
     state = "complete" if summary["converged"] else "stopped before the optimum, see the note"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
     for row in encryption_rows(summary["encryption"]):
@@ -178,23 +197,23 @@ def cost_rows(summary: dict[str, Any]) -> list[dict[str, str | int | float | Non
     ]
 
 
-def leakage_rows(model: VerticalLogisticRegression, agreement: Agreement) -> list[dict[str, str | int | float | None]]:
+def leakage_rows(model: VerticalLinearModel, agreement: Agreement) -> list[dict[str, Cell]]:
     """Whether the label holder can have rebuilt the feature holders' columns from embeddings of the same rows.
 
     Unless the agreement allows it, training itself stops before it has as many as these have independent directions.
     """
+    last = reading_rows(model.readings_[-1:])
+    result = "allowed by the agreement" if agreement.model.allow_reconstruction else "PASS"
     return [
-        {
-            "what": "feature holders' columns, rebuilt from embeddings of the same rows",
-            "exchanges": model.n_iter_,
-            "columns": sum(model.terms_.columns.values()),
-            "result": "allowed by the agreement" if agreement.model.allow_reconstruction else "PASS",
-        }
+        {"what": "rebuilding columns from embeddings of the same rows"} | row | {"result": result}
+        for row in ({name: value for name, value in one.items() if name != "reading"} for one in last)
     ]
 
 
 def write_scores(path: Path, prepared: Prepared, outcome: Outcome) -> None:
     """The label holder's scores: its own ids as it wrote them, in its own row order."""
     written = {column: ids.take(pa.array(outcome.rows)).to_pylist() for column, ids in prepared.table.ids.items()}
-    scores = pd.DataFrame(written | {"score": outcome.probability}, index=outcome.rows)
+    if outcome.scores is None:
+        raise LocalError("scores stay with the label holder")
+    scores = pd.DataFrame(written | shown(outcome.model, outcome.scores), index=outcome.rows)
     write_whole(path, scores.sort_index().to_csv(index=False).encode(), mode=0o600)

@@ -14,6 +14,7 @@ from parties.session import Session
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
 from vfl.inner import Inner, Problem
 from vfl.losses import Matrix
+from vfl.meter import Meter
 from vfl.resume import ANEW, Start
 from vfl.secure_sum import Contribution, sum_embeddings
 from vfl.solver import Result, check_finite
@@ -42,6 +43,7 @@ def label_holder(
     rate: float,
     plan: Plan,
     end: LabelEnd,
+    meter: Meter,
     start: Start = ANEW,
 ) -> Result:
     """Train our weights (d, m) from the model of our columns x (n, d) alone.
@@ -57,7 +59,9 @@ def label_holder(
         weights, intercept = start.arrays["weights"], start.arrays["intercept"]
     for exchange, rows in list(enumerate(plan))[start.exchanges :]:
         batch = problem.rows(rows)
-        scores = x[rows] @ weights + intercept + sum_embeddings(session, len(rows), exchange, weights.shape[1])
+        embedded = sum_embeddings(session, len(rows), exchange, weights.shape[1])
+        meter.embedded(embedded, rows)
+        scores = x[rows] @ weights + intercept + embedded
         residual = batch.residual(scores)
         check_finite(residual, exchange)
         open_gradients(end, residual, exchange)
@@ -66,6 +70,7 @@ def label_holder(
             intercept = intercept - rate * residual.mean(axis=0)
         start.keep(exchange + 1, {"weights": weights, "intercept": intercept})
         session.advance(exchange + 1, len(plan))
+    meter.read(0)
     return Result(weights, intercept, len(plan), True)
 
 
@@ -76,6 +81,7 @@ def feature_holder(
     plan: Plan,
     end: FeatureEnd,
     contribution: Contribution,
+    meter: Meter,
     start: Start = ANEW,
 ) -> Result:
     """Train our weights (d, m) from zero; the mirror of `label_holder`.
@@ -87,9 +93,12 @@ def feature_holder(
     exact, width = end.scales.exact(end.x), end.terms.width
     weights = start.arrays.get("weights", np.zeros((exact.shape[1], width)))
     for exchange, rows in list(enumerate(plan))[start.exchanges :]:
-        contribution.send_embedding(exact[rows] @ weights, exchange)
+        embedding = exact[rows] @ weights
+        contribution.send_embedding(embedding, exchange)
+        meter.embedded(embedding, rows)
         gradient = weigh_gradient(end, exchange, rows)
         weights = weights - rate * (gradient / len(rows) + penalty * weights)
         start.keep(exchange + 1, {"weights": weights})
         session.advance(exchange + 1, len(plan))
+    meter.read(0)
     return Result(weights, np.zeros(width), len(plan), True)

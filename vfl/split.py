@@ -37,9 +37,8 @@ class Merge:
     separate: bool
 
     @classmethod
-    def of(cls, session: Session, width: int, separate: bool, label_holder_too: bool = True) -> Merge:
-        """Without columns of its own the label holder has no block side by side with the others."""
-        names = [party.name for party in session.agreement.ring]
+    def of(cls, names: Sequence[str], width: int, separate: bool, label_holder_too: bool = True) -> Merge:
+        """`names` begin with the label holder's; without columns of its own it has no block beside the others."""
         first = width if label_holder_too else 0
         places = [0, *(first + width * place for place in range(len(names)))]
         cuts = list(pairwise(places)) if separate else [(0, width)] * len(names)

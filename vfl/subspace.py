@@ -24,6 +24,7 @@ from vfl.inner import Inner, Problem
 from vfl.leakage.defences import normal
 from vfl.losses import Matrix
 from vfl.messages import LARGEST, Direction, Weights
+from vfl.meter import Meter
 from vfl.resume import ANEW, Start
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
 from vfl.solver import Limits, Result, expected
@@ -39,6 +40,7 @@ def label_holder(
     inner: Inner,
     limits: Limits,
     end: LabelEnd,
+    meter: Meter,
     start: Start = ANEW,
 ) -> Result:
     """Train our weights while every feature holder trains its own, from the model of our columns x (n, d) alone.
@@ -59,6 +61,7 @@ def label_holder(
     n, width = problem.y.shape
     known = np.column_stack([x, start.arrays.get("embeddings", np.empty((n, 0)))])  # our columns, then the embeddings
     directions, first = known.shape[1] - x.shape[1], 0.0
+    meter.embedded(known[:, x.shape[1] :])
     for exchange in range(start.exchanges, limits.exchanges):
         weights, intercept = inner.fit(known)
         own = weights[: x.shape[1]]
@@ -84,7 +87,10 @@ def label_holder(
             session.broadcast(Direction(exchange, converged, np.empty(0)))
             return Result(own, intercept, exchange + 1, converged, problem.value(scores, weights), norm)
         session.broadcast(Direction(exchange, False, combination.ravel()))
-        known = np.column_stack([known, sum_embeddings(session, n, exchange, combination.shape[1])])
+        embedded = sum_embeddings(session, n, exchange, combination.shape[1])
+        meter.embedded(embedded)
+        meter.read(0)
+        known = np.column_stack([known, embedded])
         directions += combination.shape[1]
         start.keep(exchange + 1, {"embeddings": known[:, x.shape[1] :]})
     raise ValueError("limits.exchanges is at least 1")
@@ -96,6 +102,7 @@ def feature_holder(
     limits: Limits,
     end: FeatureEnd,
     contribution: Contribution,
+    meter: Meter,
     start: Start = ANEW,
 ) -> Result:
     """Train our weights (d, m) from zero. The mirror of `label_holder`.
@@ -111,6 +118,7 @@ def feature_holder(
     exact = end.scales.exact(end.x)
     n, d = exact.shape
     directions, weights, first = start.arrays.get("directions", np.empty((d, 0))), np.zeros((d, width)), 0.0
+    meter.embedded(exact @ directions)
     for exchange in range(start.exchanges, limits.exchanges):
         count = directions.shape[1]
         if exchange:
@@ -142,7 +150,10 @@ def feature_holder(
             if not np.linalg.norm(added, axis=0).max() < 1.001:  # ours is part of vectors of length 1
                 raise ValueError("a direction that cannot be")
         directions = np.column_stack([directions, added])
-        contribution.send_embedding(exact @ added, exchange)
+        embedding = exact @ added
+        contribution.send_embedding(embedding, exchange)
+        meter.embedded(embedding)
+        meter.read(0)
         start.keep(exchange + 1, {"directions": directions})
     raise ProtocolViolation(f"{channel.peer} wants more than {limits.exchanges} exchanges", peer=channel.peer)
 

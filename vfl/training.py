@@ -28,12 +28,14 @@ Batches = Sequence[NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What all agreed on before any data moved. `x` is our table in fixed point (feature holders)."""
+    """What all agreed on before any data moved. `x` is our table in fixed point (feature holders); `ranks` are those of
+    the feature holders' columns."""
 
     terms: Terms
     limits: Limits
     batches: Batches
     x: NDArray[np.int64]
+    ranks: dict[str, int]
 
 
 def agree(session: Session, purpose: str, params: Mapping[str, Any], x: Matrix, **ours: int) -> dict[str, Plan]:
@@ -116,7 +118,8 @@ def prepare(
         range_bits=label_plan.range_bits,
         cached=not batches,
     )
-    return Setup(terms, limits, batches[: limits.exchanges], fixed)
+    ranks = {name: plan.rank for name, plan in plans.items()}
+    return Setup(terms, limits, batches[: limits.exchanges], fixed, ranks)
 
 
 def batches(rows: int, size: int, epochs: int, seed: int, allowed: int) -> Batches:
@@ -130,7 +133,7 @@ def batches(rows: int, size: int, epochs: int, seed: int, allowed: int) -> Batch
     return plan
 
 
-def say_why(session: Session, result: Result, limits: Limits, wanted: int) -> None:
+def say_why(result: Result, limits: Limits, wanted: int) -> None:
     """Training ended before the tolerance: for whose sake."""
     why = "fixed point allows no further progress; a larger tol would call this converged"
     if limits.embeddings < NO_LIMIT and result.exchanges < wanted:
@@ -170,23 +173,24 @@ def _limits(
     """The caps; every party computes them, so that none can be led beyond them.
 
     Without consent the label holder gets fewer embeddings than the feature holders' columns have independent directions
-    together: so many, or sums of them, let it rebuild these columns up to a linear map. With batches a row is embedded
-    `outputs` times an epoch.
+    together: so many, or sums of them, let it rebuild these columns up to a linear map. [leakage] may say less. With
+    batches a row is embedded `outputs` times an epoch.
     """
     agreed = session.agreement.model
     wanted = epochs * batches or min(exchanges, agreed.max_exchanges)
     if agreed.allow_reconstruction:
         return Limits(tolerance, wanted, NO_LIMIT)
     together = max(sum(plan.rank for plan in plans.values()), 1)
+    most = session.agreement.leakage.most_embeddings(together)
     if not batches:
-        return Limits(tolerance, min(wanted, together), together - 1)
-    allowed = (together - 1) // outputs
+        return Limits(tolerance, min(wanted, most + 1), most)
+    allowed = most // outputs
     if not allowed:
         raise Refused(
             f"an epoch embeds every row {outputs} times, and the feature holders' columns have {together} independent "
             "directions: the label holder could rebuild them; agree on allow_reconstruction, or on fewer outputs"
         )
-    return Limits(tolerance, min(epochs, allowed) * batches, together - 1)
+    return Limits(tolerance, min(epochs, allowed) * batches, most)
 
 
 def _warn_few_rows(session: Session, rows: int, numbers: int, limits: Limits) -> None:

@@ -1,4 +1,4 @@
-"""Two short excerpts in the public domain: Charles Dickens, A Tale of Two Cities (1859); William Shakespeare, Hamlet."""
+"""Short excerpts in the public domain: Charles Dickens, A Tale of Two Cities (1859); William Shakespeare, Hamlet."""
 
 NOVEL = """It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness,
 it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of Darkness,

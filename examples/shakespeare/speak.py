@@ -92,6 +92,7 @@ def main() -> None:
         parser.error("give both texts, the novel and the plays, or none")
     novel, plays = (path.read_text("utf-8") for path in options.texts) if options.texts else (NOVEL, PLAYS)
 
+    torch.set_num_threads(1)  # the clients are threads already
     torch.manual_seed(0)
     model = Characters()
     pretrain(model, novel, options.steps)

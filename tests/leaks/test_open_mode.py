@@ -28,9 +28,10 @@ from vfl.open_messages import OpenGradient, SeparateEmbedding
 torch = pytest.importorskip("torch", reason="networks need the extra 'torch'")
 torch.set_num_threads(1)  # small matrices, and a thread for each party
 
-EPOCHS, BATCH, WIDTH = 4, 1000, 8
+EPOCHS, BATCH, WIDTH = 6, 500, 8
 CONSENT = Clauses(open_gradients=True, separate_embeddings=True)
-NETWORK = {"hidden_layer_sizes": (WIDTH,), "learning_rate": 0.01, "batch_size": BATCH, "epochs": EPOCHS}
+NETWORK = {"hidden_layer_sizes": (WIDTH,), "batch_size": BATCH, "epochs": EPOCHS}
+NETWORK |= {"optimiser": "sgd", "learning_rate": 0.3}
 LATTICE = {"scheme": "lattice", "key_bits": 2048, "numbers_per_key": 4096}
 
 
@@ -45,7 +46,8 @@ def train(
 
     def role(name: str) -> Callable[[Session], Any]:
         def run(session: Session) -> Any:
-            model = VerticalMLPClassifier(**NETWORK | params)
+            top = head() if session.is_label_holder and params.get("mode") == "open" else None
+            model = VerticalMLPClassifier(**NETWORK | params, top=top)
             labels = y if session.is_label_holder else None
             model.fit(parts[name], labels, session=session, clauses=clauses, randomness=Stream(name))
             return then(model, session)
@@ -56,6 +58,12 @@ def train(
     policy = {"allow_reconstruction": True, "max_exchanges": 10_000, "residual_range": 4.0}
     known = agree(len(parts), model=policy, encryption=LATTICE)
     return outcomes({name: role(name) for name in parts}, known, parties(len(parts)), recorded=recorded), recorded
+
+
+def head() -> torch.nn.Module:
+    """A top without a hidden unit at the embedding itself: the label's sign and size reach every gradient."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(WIDTH, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
 
 
 def opened(data: Split, clauses: Clauses) -> tuple[float, Any, list[np.ndarray]]:
@@ -77,9 +85,9 @@ def opened(data: Split, clauses: Clauses) -> tuple[float, Any, list[np.ndarray]]
     return float(roc_auc_score(data.y[1], chances[:, 1])), model, seen
 
 
-@pytest.fixture(scope="module", params=[synthetic, bank], ids=["synthetic", "bank"])
-def data(request) -> Split:
-    return request.param()
+@pytest.fixture(scope="module")
+def data() -> Split:
+    return bank()
 
 
 def unguarded(patch: pytest.MonkeyPatch) -> None:
@@ -112,11 +120,11 @@ def test_guarded_gradients_hide_labels_at_little_loss(data, plain):
         norm, direction = attacked(gradients, data.y[0])
         assert norm < 0.6
         assert direction < 0.7
-    print("task AUC", plain[0], task_auc, [attacked(g, data.y[0]) for g in (seen[-1], np.mean(seen, axis=0))])
     assert plain[0] - task_auc < 0.02
 
 
-def test_the_meter_stops_training_after_the_first_epoch_that_leaks_more_than_agreed(data, monkeypatch):
+def test_the_meter_stops_training_after_the_first_epoch_that_leaks_more_than_agreed(monkeypatch):
+    data = synthetic()
     unguarded(monkeypatch)
     _, model, seen = opened(data, CONSENT)
     leaks = [gradient_leak(gradients, data.y[0]) for gradients in seen]

@@ -37,7 +37,7 @@ from vfl.horizontal.trainer import Data, Trainer, describe
 NAME = "client.checkpoint"
 
 
-class Hall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Admitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a client is told when it is admitted: what all tables look like, its place among so many clients, the round
     that comes next, and whether the one before has its message."""
 
@@ -73,6 +73,8 @@ def take_part(
         privacy), when we are ready, and the largest of our numbers up to a power of 2^8, above 2^24. Of our update
         with secure aggregation what the sum tells, without it the update itself. Our number of rows only as part of a
         sum, unless clients are chosen by their rows.
+        A coordinator that deviates, and opens a sum that it calls failed, learns our update by difference from another
+        attempt without us; of attempts and of repeated rounds we allow no more than was agreed.
         To the other clients: that we take part, and what the weights of a round tell of the sum.
     Raises:
         Refused: our table is not what all others have; the text has the difference.
@@ -84,14 +86,14 @@ def take_part(
     if ours.short:
         raise Refused(f"our table has fewer {ours.short} than the agreed minimum; agree on less, or stay out")
     with blame(channel.peer):
-        hall = _hall(channel.receive(Admission))
-        if difference := hall.schema.difference(ours):
+        admitted = _admitted(channel.receive(Admission))
+        if difference := admitted.schema.difference(ours):
             raise Refused(f"we have {difference}; align the table with the others'", peer=channel.peer)
-    trainer = Trainer(Job(settings, hall.schema, hall.clients), hall.place, data, model)
+    trainer = Trainer(Job(settings, admitted.schema, admitted.clients), admitted.place, data, model)
     end = _End(channel, me, identities, session_id, trainer, Spending(trainer.job, budget, purpose))
     path = folder / NAME if folder is not None and settings.checkpoint else None
     if path is not None:
-        end.restore(path, hall)
+        end.restore(path, admitted)
     scores: list[Score] = []
     rounds: list[Round] = []
     try:
@@ -99,8 +101,7 @@ def take_part(
             tick()
             if task.stage == "score":
                 scores.append(trainer.score(task))
-                told = np.nan_to_num([float(scores[-1].rows), scores[-1].loss, scores[-1].accuracy], nan=-1.0)
-                channel.send(Scores(task.number, 0, told))
+                channel.send(Scores.of(task.number, scores[-1]))
                 continue
             kept = end.answer(task, path)
             if task.stage == "train":
@@ -132,11 +133,17 @@ class _End:
         self.channel, self.me, self.identities, self.session = channel, me, identities, session
         self.trainer, self.spending = trainer, spending
         self.used: set[bytes] = set()
+        self.last: dict[str, tuple[int, int]] = {}  # of each stage: the newest number and round
         self.declined: ColonnadeError | None = None
 
     def answer(self, task: Task, path: Path | None) -> bool:
         """One sum; whether it has our numbers."""
         job, level = self.trainer.job, DECLINED
+        with blame(self.channel.peer):
+            number, newest = self.last.get(task.stage, (-1, -1))
+            if task.number <= number or task.round <= newest:  # the sums before training, too, come once
+                raise ValueError("a task that it has given before")
+        self.last[task.stage] = task.number, task.round
         noisy = job.settings.private and job.settings.privacy.noise != "central" and task.stage == "train"
         message = np.empty(0)
         try:
@@ -162,8 +169,8 @@ class _End:
     def _turn(self, task: Task) -> Turn:
         turn = self.channel.receive(Turn)
         with blame(self.channel.peer):
-            if turn.round != task.number:
-                raise ValueError("a turn of another sum")
+            if turn.round != task.number or turn.attempt >= self.trainer.job.settings.clients.attempts:
+                raise ValueError("a turn of another sum, or one attempt too many")
         return turn
 
     def _send(self, task: Task, turn: Turn, message: NDArray[np.float64]) -> None:
@@ -196,24 +203,24 @@ class _End:
         pending = {f"pending.{name}": values for name, values in self.trainer.pending.items()}
         write_checkpoint(path, self.trainer.job.digest, {"round": number}, state | pending)
 
-    def restore(self, path: Path, hall: Hall) -> None:
+    def restore(self, path: Path, admitted: Admitted) -> None:
         """Go on where the coordinator does. Raises LocalError when our file does not go with that."""
-        found = read_checkpoint(path, self.trainer.job.digest) if hall.round else None
-        if hall.round and found is None and self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
+        found = read_checkpoint(path, self.trainer.job.digest) if admitted.round else None
+        if admitted.round and found is None and self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
             raise LocalError(
-                f"training goes on from round {hall.round} and {path} is missing; restore it, or all begin anew"
+                f"training goes on from round {admitted.round} and {path} is missing; restore it, or all begin anew"
             )
         if found is None:
             return
-        which = "pending." if hall.counted and found.facts["round"] == hall.round - 1 else "state."
+        which = "pending." if admitted.counted and found.facts["round"] == admitted.round - 1 else "state."
         self.trainer.state = {
             name.removeprefix(which): values for name, values in found.arrays.items() if name.startswith(which)
         }
 
 
-def _hall(message: Admission) -> Hall:
+def _admitted(message: Admission) -> Admitted:
     try:
-        return msgspec.json.decode(message.data.tobytes(), type=Hall)
+        return msgspec.json.decode(message.data.tobytes(), type=Admitted)
     except (msgspec.MsgspecError, RecursionError):
         raise ValueError("its admission does not parse") from None
 

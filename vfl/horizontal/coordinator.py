@@ -22,7 +22,7 @@ from parties.identity import Identity, PublicIdentity
 from parties.ledger import Ledger
 from parties.memory import links
 from parties.message import CLASSES
-from vfl.horizontal.client import Hall, take_part
+from vfl.horizontal.client import Admitted, take_part
 from vfl.horizontal.compression import compressor
 from vfl.horizontal.context import Context, Quantisation
 from vfl.horizontal.messages import Step
@@ -105,8 +105,8 @@ def coordinate(
             restore(folder, leader)
         counted = leader.history[-1].clients if leader.history else ()
         for place, (name, channel) in enumerate(channels.items()):
-            hall = Hall(job.schema, len(names), place, leader.server.round, name in counted)
-            channel.send(Admission(np.frombuffer(msgspec.json.encode(hall), np.uint8)))
+            admitted = Admitted(job.schema, len(names), place, leader.server.round, name in counted)
+            channel.send(Admission(np.frombuffer(msgspec.json.encode(admitted), np.uint8)))
         refuse_differences(tables, job.schema)
         outcome = lead(
             leader,
@@ -176,17 +176,17 @@ class Star:
         settings = self.job.settings
         self.task, self.missing, self.needed = task, {}, settings.clients.needed(len(names))
         self._settle(names)
-        began, levels, seconds = time.monotonic(), {}, {}
+        began, codes, seconds = time.monotonic(), {}, {}
         for name, ready in self._gather(self._tell(names, task), Ready):
-            seconds[name], code = time.monotonic() - began, int(ready.data[0])
-            if code < len(LEVELS):
-                levels[name] = code
-            else:
+            seconds[name], codes[name] = time.monotonic() - began, int(ready.data[0])
+        if codes and set(codes.values()) <= {NOT_FINITE, TOO_LARGE}:
+            raise diverged(task.round)
+        levels = {name: code for name, code in codes.items() if code < len(LEVELS)}
+        self.waiting = list(levels)
+        for name, code in codes.items():
+            if name not in levels:
                 self.missing[name] = REASONS[code]
                 self._turn(name, "left out")
-        if not levels and set(self.missing.values()) & {REASONS[NOT_FINITE], REASONS[TOO_LARGE]}:
-            raise diverged(task.round)
-        self.waiting = list(levels)
         bound = self.job.noise_bound if settings.private else LEVELS[max(levels.values(), default=0)]
         if settings.secure:
             total, survivors, attempt = self._add_masked(bound)
@@ -205,8 +205,7 @@ class Star:
         self.task, self.missing = task, {}
         settle(self.channels, self.owed)
         asked = self._tell(list(self.channels), task)
-        found = {name: np.where(one.data < 0, np.nan, one.data) for name, one in self._gather(asked, Scores)}
-        return {name: Score(int(rows), float(loss), float(right)) for name, (rows, loss, right) in found.items()}
+        return {name: one.score for name, one in self._gather(asked, Scores)}
 
     def finish(self, task: Task) -> None:
         settle(self.channels, self.owed)

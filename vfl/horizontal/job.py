@@ -149,10 +149,10 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
         set_aside(folder, LEFT)
         unopened.replace(folder / "ledger.jsonl")
         outcome = train(session, data, folder)
-    return finished(session, outcome, data)
+    return _finished(session, outcome, data)
 
 
-def finished(session: Session, outcome: Outcome, data: Data | None) -> Finished:
+def _finished(session: Session, outcome: Outcome, data: Data | None) -> Finished:
     """What is known after the close."""
     sent: dict[str, dict[str, int]] = {}
     for (peer, kind, _), size in session.ledger.bytes_sent.items():

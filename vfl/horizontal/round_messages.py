@@ -12,8 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from parties.message import Array, Message, kind
 from vfl.horizontal.messages import Step
+from vfl.horizontal.models import Score
 
 STAGES = ("rows", "means", "scales", "train", "score", "finish")
 LEVELS = (2.0**24, 2.0**32, 2.0**40)  # bounds on the numbers of a message: the least that holds is a client's answer
@@ -104,9 +107,19 @@ class Packed(Step):
 @kind(337, "aggregate", "<f8", 1)
 @dataclass(frozen=True, eq=False)
 class Scores(Step):
-    """u -> C: rows, loss, accuracy of the model on u's rows; -1 where there is none."""
+    """u -> C: of the model on u's rows: how many, whether there is a loss, which, whether an accuracy, which."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data.shape != (3,):
-            raise ValueError("a score has three numbers")
+        if self.data.shape != (5,) or not 0 <= self.data[0] < 2.0**53:
+            raise ValueError("not a score")
+
+    @classmethod
+    def of(cls, number: int, score: Score) -> Scores:
+        known = [(float(value == value), float(np.nan_to_num(value))) for value in (score.loss, score.accuracy)]
+        return cls(number, 0, np.array([score.rows, *known[0], *known[1]], np.float64))
+
+    @property
+    def score(self) -> Score:
+        rows, has_loss, loss, has_accuracy, accuracy = self.data.tolist()
+        return Score(int(rows), loss if has_loss else np.nan, accuracy if has_accuracy else np.nan)

@@ -79,7 +79,9 @@ def reference(settings: Horizontal, tables: Mapping[str, Schema]) -> Schema:
     Raises Refused: the labels are of several types, or there are fewer than two classes to tell apart.
     """
     first = next(iter(tables.values()))
-    classes: tuple[Any, ...] = settings.classes or next((one.classes for one in tables.values() if one.declared), ())
+    classes: tuple[Any, ...] = tuple(sorted(settings.classes)) or next(
+        (one.classes for one in tables.values() if one.declared), ()
+    )
     if not classes and settings.model == "logistic":
         occurring: set[Any] = {value for one in tables.values() for value in one.classes}
         if len({type(value) for value in occurring}) > 1:

@@ -38,7 +38,9 @@ class HorizontalModel(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     scaler: Scaling | None = None
 
     @classmethod
-    def of(cls, fitted: Any, exact: Exact, features: list[str], rounds: int, agreement: str, training: str) -> Any:
+    def of(
+        cls, fitted: Any, exact: Exact, features: list[str], rounds: int, agreement: str, training: str
+    ) -> HorizontalModel:
         """From what training returned: scikit-learn's estimator, or a pipeline of its scaler and the estimator."""
         scaling, estimator = None, fitted
         if hasattr(fitted, "steps"):

@@ -54,9 +54,15 @@ def simulate(
 ) -> Outcome:
     """Train with these clients. start: the first weights of own models; without, those of the first client's.
 
-    workers: where rows train, on all of them; own models stay in this process. folder: for the server's checkpoint.
-    Raises what `coordinate` does.
+    workers: all train, which pays where a client's training takes longer than sending its rows, every round; own models
+    stay in this process. folder: for the server's checkpoint, from which the simulation goes on.
+    Raises what `coordinate` does; LocalError for a checkpoint where the clients, too, have something to remember.
     """
+    remembers = settings.strategy in ("feddyn", "scaffold") or settings.compression or settings.personal
+    if folder is not None and (remembers or settings.secure):
+        raise LocalError(
+            "a simulation saves the server's state alone; this one needs its clients', too: run it at once"
+        )
     rows = [one if isinstance(one, Data) else None for one in clients]
     models = [None if isinstance(one, Data) else one for one in clients]
     names = [f"client-{place:0{len(str(len(rows) - 1))}}" for place in range(len(rows))]

@@ -69,7 +69,7 @@ def describe(settings: Horizontal, data: Data | None, model: Model | None) -> Sc
         columns=data.names,
         dtypes=dict(data.dtypes),
         units=dict(data.units),
-        classes=settings.classes or data.classes or occurring,
+        classes=tuple(sorted(settings.classes or data.classes or occurring)),
         declared=bool(settings.classes or data.classes),
         rows=_told(settings, len(data.y)),
         short=short,
@@ -128,6 +128,10 @@ class Trainer:
 
     def answer(self, task: Task) -> NDArray[np.float64]:
         """What the sum needs, (job.length(stage, round),). Raises LocalError when it cannot be made."""
+        with np.errstate(over="ignore", invalid="ignore"):  # a rate that diverges: seen by its numbers
+            return self._answer(task)
+
+    def _answer(self, task: Task) -> NDArray[np.float64]:
         if task.stage == "rows":
             return np.array([float(self.rows)])
         if task.stage in ("means", "scales"):
@@ -238,10 +242,8 @@ class Trainer:
             travels = part.travels
             weights[travels] = received[: np.count_nonzero(travels)]
             tail = self._tail(ours.judge, weights)
-        with np.errstate(over="ignore", invalid="ignore"):  # a rate that diverges: seen and named by the caller
-            message, state, trained = client_round(
-                job.strategy, part, received, own, state, population.share(self.rows), fit
-            )
+        share = population.share(self.rows)
+        message, state, trained = client_round(job.strategy, part, received, own, state, share, fit)
         self.pending = dict(state)
         if shared is not None:
             self.pending["own"] = trained.weights.copy()

@@ -1,0 +1,102 @@
+"""What the agreement's [model] means: which estimator, what kind of label, which figures, which scores a user gets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from parties.agreement import Model
+from parties.errors import LocalError
+from parties.session import Session
+from vfl.estimator import VerticalLinearModel
+from vfl.evaluation import Evaluation, compare
+from vfl.linear import VerticalLogisticRegression, VerticalPoissonRegressor, VerticalRidge
+from vfl.losses import Matrix, Vector
+
+LabelUse = Literal["binary", "classes", "numbers"]
+
+
+def estimator(model: Model) -> VerticalLinearModel:
+    """The estimator that the agreement describes."""
+    common = {
+        "l1_ratio": model.l1_ratio,
+        "fit_intercept": model.fit_intercept,
+        "solver": model.solver,
+        "tol": model.tolerance,
+        "max_iter": model.max_exchanges,
+        "epochs": model.epochs,
+        "learning_rate": model.learning_rate,
+        "batch_size": model.batch_size,
+        "random_state": model.seed,
+    }
+    if model.kind == "linear regression":
+        return VerticalRidge(model.alpha, **common)  # type: ignore[arg-type]
+    if model.kind == "poisson regression":
+        return VerticalPoissonRegressor(model.alpha, **common)  # type: ignore[arg-type]
+    return VerticalLogisticRegression(model.C, **common)  # type: ignore[arg-type]
+
+
+def label_use(model: Model, positive: str) -> LabelUse:
+    """How the label's column is read. Classes come as text; without a positive value there may be several."""
+    if model.kind != "logistic regression":
+        return "numbers"
+    return "binary" if positive else "classes"
+
+
+def classes_of(place: str, column: str, words: NDArray[Any]) -> NDArray[Any]:
+    """The label as 0.0 and 1.0 if it has two values, else as it is written. Raises LocalError."""
+    here = f"{place}, column {column!r}"
+    empty = int((words == "").sum())
+    if empty:
+        raise LocalError(f"{here}: {empty} labels are missing; drop these rows")
+    values = sorted(set(words))
+    if len(values) > 2:
+        return words
+    numbers = dict(zip(values, pd.to_numeric(pd.Series(values), errors="coerce"), strict=True))
+    if set(numbers.values()) != {0.0, 1.0}:
+        what = "constant" if len(values) == 1 else "not 0 and 1; say which value is positive"
+        raise LocalError(f"{here}: the label is {what}")
+    return np.array([numbers[word] for word in words])
+
+
+def scores(model: VerticalLinearModel, x: pd.DataFrame, session: Session) -> Matrix | Vector | None:
+    """What a user of the model wants of each row, at the label holder: the probability of the positive class (n,), of
+    each of several classes (n, classes), or the prediction (n,). None at a feature holder.
+
+    Reveals:
+        What `decision_function` does.
+    """
+    if not isinstance(model, VerticalLogisticRegression):
+        return model.predict(x, session=session)  # type: ignore[no-any-return]
+    both = model.predict_proba(x, session=session)
+    return None if both is None else both[:, 1] if both.shape[1] == 2 else both
+
+
+def evaluate(model: VerticalLinearModel, y: NDArray[Any], joint: Matrix | Vector, x: Matrix) -> Evaluation:
+    """Figures of the joint model beside those of the label holder alone, whose columns of the same rows are x."""
+    alone, own = model.alone_, x if x.shape[1] else np.zeros((len(x), 1))
+    if not isinstance(model, VerticalLogisticRegression):
+        kind: Literal["poisson", "regression"] = (
+            "poisson" if isinstance(model, VerticalPoissonRegressor) else "regression"
+        )
+        return compare(kind, y, {"joint": joint, "alone": alone.predict(own)})
+    both = alone.predict_proba(own)
+    if both.shape[1] == 2:
+        return compare("binary", y, {"joint": joint, "alone": both[:, 1]})
+    coded = np.searchsorted(model.classes_, y).astype(np.float64)
+    names = [str(one) for one in model.classes_]
+    return compare("multiclass", coded, {"joint": joint, "alone": both}, classes=names)
+
+
+def shown(model: VerticalLinearModel, found: Matrix | Vector) -> dict[str, NDArray[Any]]:
+    """Scores as columns of a file: `score`, or for several classes `predicted` and one probability each."""
+    if found.ndim == 1:
+        return {"score": found}
+    names = [str(one) for one in model.classes_]
+    predicted = model.classes_[found.argmax(axis=1)]
+    return {"predicted": predicted} | {
+        f"probability {name}": column for name, column in zip(names, found.T, strict=True)
+    }

@@ -22,6 +22,7 @@ from parties.files import read_bytes
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity, check_name
 from parties.leakage import Leakage
+from parties.network import Network
 from parties.search import Search
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -99,7 +100,9 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     `l1_ratio`. No residual, times its row's weight, may exceed `residual_range`: 1 is enough for classes without
     weights."""
 
-    kind: Literal["logistic regression", "linear regression", "poisson regression"] = "logistic regression"
+    kind: Literal[
+        "logistic regression", "linear regression", "poisson regression", "network classifier", "network regressor"
+    ] = "logistic regression"
     C: Positive = 1.0
     alpha: Annotated[float, Meta(ge=0)] = 1.0
     l1_ratio: Annotated[float, Meta(ge=0, le=1)] = 0.0
@@ -179,6 +182,7 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     intersection: Intersection = Intersection()
     model: Model = Model()
     encryption: Encryption = Encryption()
+    network: Network = Network()
     leakage: Leakage = Leakage()
     search: Search | None = None
     horizontal: Horizontal | None = None
@@ -198,6 +202,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
     def _check_vertical(self) -> None:
         self._check_roles("label holder", "feature holder", most=16)
+        if self.network != Network() and not self.is_network:
+            raise ValueError('[network] needs kind = "network classifier" or "network regressor" in [model]')
         if self.search is not None:
             self.search.check(self.model.kind, self.model.solver)
         if self.horizontal or self.columns or self.job.coordinator_trains:
@@ -256,6 +262,10 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def ring(self) -> tuple[Party, ...]:
         """The label holder (the hub) or the coordinator first, then the others in the agreement's order."""
         return tuple(sorted(self.parties, key=lambda party: party.role not in ("label holder", "coordinator")))
+
+    @property
+    def is_network(self) -> bool:
+        return self.model.kind.startswith("network")
 
     @property
     def feature_holders(self) -> int:

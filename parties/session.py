@@ -215,9 +215,10 @@ def _reason(error: BaseException) -> str:
 
 def allowed_classes(agreement: Agreement) -> frozenset[str]:
     """What the agreement lets out. Plaintext: the partial embeddings of a single feature holder, as there is no one to
-    hide them behind; single updates where secure aggregation is off; else nothing."""
+    hide them behind; what [network] consents to; single updates where secure aggregation is off; else nothing."""
     plan = agreement.horizontal
-    clear = agreement.feature_holders == 1 if plan is None else not plan.secure
+    consents = agreement.network.open_gradients or agreement.network.separate_embeddings
+    clear = agreement.feature_holders == 1 or consents if plan is None else not plan.secure
     return frozenset(("control", "ciphertext", "masked", "aggregate", *(("plaintext",) if clear else ())))
 
 

@@ -19,6 +19,7 @@ from parties.errors import LocalError, Refused
 from parties.identity import Identity
 from parties.leakage import Leakage
 from parties.memory import make_agreement
+from parties.party_file import Party
 from tests.world import build
 from vfl.audit import (
     COLUMN_ATTACKS,
@@ -32,7 +33,6 @@ from vfl.audit import (
     label_findings,
     labels_case,
 )
-from parties.party_file import Party
 from vfl.audit_run import run as audit_run
 from vfl.leakage.suite import Limits
 from vfl.meter import Meter, reading_rows

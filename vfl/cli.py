@@ -204,8 +204,12 @@ def _model_rows(party: Party, prepared: PreparedColumns, cost: Estimate, table: 
     if prepared.fitted.names != list(choice.features):
         table.add_row("  prepared", f"{len(prepared.fitted.names)}: {', '.join(prepared.fitted.names)}")
     if prepared.label is not None:
-        table.add_row("label", f"{choice.label!r}, {prepared.label.mean():.1%} positive")
-    table.add_row("model", f"{model.kind}, C = {model.C}, {model.solver}, at most {model.max_exchanges} exchanges")
+        values = set(prepared.label.tolist())
+        told = f"{prepared.label.mean():.1%} positive" if values == {0.0, 1.0} else f"{len(values):,} different values"
+        table.add_row("label", f"{choice.label!r}, {told}")
+    strong = f"C = {model.C}" if model.kind == "logistic regression" else f"alpha = {model.alpha}"
+    how = f"{model.epochs} epochs" if party.agreement.is_network else f"{strong}, {model.solver}"
+    table.add_row("model", f"{model.kind}, {how}, at most {model.max_exchanges} exchanges")
     why = "; auto: it costs less here than the other" if encryption.scheme == "auto" else ""
     table.add_row("encryption", strength(cost.scheme, encryption.key_bits) + why)
     table.add_row("predicted, at most", f"{cost.seconds:,.0f} s of one core, {decimal(cost.bytes)}")

@@ -73,7 +73,10 @@ class Inner:
             raise TypeError(f"no estimator for {problem.loss!r}")
 
     def fit(self, x: Matrix) -> tuple[Matrix, Vector]:
-        """Weights (p, m) and intercepts (m,) for columns x (n, p): those of the last call, then new ones; p may be 0."""
+        """Weights (p, m) and intercepts (m,) for columns x (n, p): those of the last call, then new ones.
+
+        p may be 0.
+        """
         some = x if x.shape[1] else np.zeros((len(x), 1))  # scikit-learn wants a column
         if not self._empty and not isinstance(self._problem.loss, Squared):
             self._widen(some.shape[1])

@@ -29,11 +29,12 @@ from vfl.exchange import Scales
 from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
 from vfl.inputs import RANK_TOLERANCE, check_columns
 from vfl.losses import Matrix, Vector
+from vfl.neural import VerticalMLP
 from vfl.preparation import FittedCategory, FittedColumns, FittedNumber, fit
 from vfl.resume import Checkpoints
 from vfl.search import Outcome as Searched
 from vfl.search import search
-from vfl.task import classes_of, estimator, evaluate, label_use, scores
+from vfl.task import classes_of, estimator, evaluate, label_use, linear, load_share, scores
 
 log = logging.getLogger("colonnade")
 TRAINED = (*psi_job.ALIGNED, "model.json", "report.html")
@@ -68,7 +69,7 @@ class Outcome:
     seconds: dict[str, float]
     bytes_sent: dict[str, dict[str, int]]
     bytes_by_phase: dict[str, int]
-    model: VerticalLinearModel
+    model: VerticalLinearModel | VerticalMLP
     fitted: FittedColumns = field(repr=False)
     scores: Matrix | Vector | None = field(default=None, repr=False)
     evaluation: Evaluation | None = field(default=None, repr=False)
@@ -210,7 +211,7 @@ def train(
     common, report = _common(session, prepared, minimum, house)
     if not len(common):
         raise Refused("no customer is common to all parties; are the ids of one kind, and the rule right?")
-    if folder is None or session.agreement.search is not None:  # a search begins anew
+    if folder is None or session.agreement.search is not None or session.agreement.is_network:
         return _train_on(session, prepared, common, report, None, False)
     job = _job(session.agreement, prepared)
     write_checkpoint(folder / ALIGNMENT, job, {"session": session.id.hex()}, {"rows": common.astype("<i8")})
@@ -242,14 +243,18 @@ def _train_on(
         fitted = _fitted(features[~test], prepared.plan, settings, session.is_label_holder)
         columns = fitted.transform(features)
         mine, target = columns[~test], None if label is None else label[~test]
-        searched = None
-        if session.agreement.search is None:
-            model = estimator(settings).fit(mine, target, session=session, checkpoints=checkpoints, resume=resume)
-        else:
-            searched = search(
-                session, lambda: estimator(settings), mine, target, session.agreement.search, settings.seed
-            )
+        searched: Searched | None = None
+        model: VerticalLinearModel | VerticalMLP
+        if session.agreement.search is not None:
+            grid = session.agreement.search
+            searched = search(session, lambda: linear(settings), mine, target, grid, settings.seed)
             model = searched.model
+        else:
+            model = estimator(session.agreement)
+            if isinstance(model, VerticalLinearModel):
+                model.fit(mine, target, session=session, checkpoints=checkpoints, resume=resume)
+            else:
+                model.fit(mine, target, session=session)
     found, evaluation = None, None
     if test.any():
         with session.phase("score"):
@@ -262,7 +267,7 @@ def _train_on(
 def score(
     session: Session,
     prepared: Prepared,
-    model: VerticalLinearModel,
+    model: VerticalLinearModel | VerticalMLP,
     minimum: int = 0,
     house: psi_job.House | None = None,
 ) -> Outcome:
@@ -324,7 +329,7 @@ def predict(
     party: Party, source: Source, share: Path, progress: Progress, note: Callable[[str], None]
 ) -> tuple[Outcome, Prepared]:
     """`colonnade predict`: align the rows of `source` with the others' new rows afresh, and score them."""
-    model = VerticalLinearModel.load(share)
+    model = load_share(share)
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
     approval, house = party.approval, psi_job.House(party, "score_")
@@ -358,7 +363,7 @@ def _outcome(
     common: NDArray[np.int64],
     report: Report,
     test: NDArray[np.bool_],
-    model: VerticalLinearModel,
+    model: VerticalLinearModel | VerticalMLP,
     fitted: FittedColumns,
     found: Matrix | Vector | None,
     evaluation: Evaluation | None,

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 from sklearn.utils.validation import check_is_fitted
 
@@ -29,7 +30,7 @@ from vfl.encryption.paillier import SecretKey
 from vfl.exchange import LabelEnd, accept_key, offer_key
 from vfl.inputs import class_labels, matrix, numeric_targets
 from vfl.losses import Matrix
-from vfl.neural_plan import NO_CONSENT, Clauses, check_consent, plan
+from vfl.neural_plan import Clauses, check_consent, plan
 from vfl.neural_share import NetworkShare, plain
 from vfl.open_split import DEFENCES, Guard
 from vfl.optimisers import Rule
@@ -74,10 +75,13 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
     residual_range, and `Clauses`.
 
     Attributes:
-        epochs_ that were trained; tensors_ our weights by name; terms_ how exchanges were encrypted (None: open);
-        feature_names_in_; training_ the session's id in hex; course_ (label holder) losses and why training stopped;
-        readings_ (label holder, open) of the leak meter; classes_ (label holder, classifier).
+        epochs_ (and n_iter_) that were trained; tensors_ our weights by name; terms_ how exchanges were encrypted
+        (None: open); feature_names_in_; training_ the session's id in hex; course_ (label holder) losses and why
+        training stopped; alone_ (label holder) scikit-learn's linear model of its own columns; readings_ (label holder,
+        open) of the leak meter; classes_ (label holder, classifier).
     """
+
+    epochs_: int
 
     def __init__(
         self,
@@ -124,12 +128,13 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         y: Any = None,
         *,
         session: Session,
-        clauses: Clauses = NO_CONSENT,
+        clauses: Clauses | None = None,
         secret: SecretKey | None = None,
         randomness: Randomness = os.urandom,
     ) -> VerticalMLP:
         """Train with every other party of the session. X (n, d) float, or what `bottom` takes, rows aligned (the label
-        holder may have none: None); y (n,) at the label holder only. `secret` and `randomness` replay in tests.
+        holder may have none: None); y (n,) at the label holder only. `clauses`: None, those of the session's agreement.
+        `secret` and `randomness` replay in tests.
 
         Reveals:
             To the label holder: numbers of columns; per batch and epoch m numbers a row, the sum over the feature
@@ -141,6 +146,7 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
             agreement does not consent. PeerLost, ProtocolViolation: see the errors.
         """
         self._check_parameters()
+        clauses = clauses or Clauses.of(session.agreement)
         check_consent(session, clauses, self.mode, self.merge)
         if session.is_label_holder != (y is not None):
             raise LocalError("the label holder gives y, feature holders give None")
@@ -149,6 +155,12 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
             self._fit_feature_holder(session, clauses, x, names, randomness)
         else:
             self._fit_label_holder(session, clauses, x, names, y, secret, randomness)
+        self.n_iter_ = self.epochs_
+        self.converged_ = True  # a network has no optimum to reach
+        self.gradient_norm_ = None
+        self.readings_ = getattr(self, "readings_", [])
+        if y is not None and x.shape[1]:
+            self.alone_ = (Ridge() if isinstance(self, RegressorMixin) else LogisticRegression(max_iter=1000)).fit(x, y)
         self.feature_names_in_, self.n_features_in_ = np.array(names, dtype=object), len(names)
         self.training_, self.agreement_, self.party_ = session.id.hex(), session.agreement.digest.hex(), session.name
         return self

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parties.agreement import Agreement
 from parties.errors import Refused
 from parties.session import Session
 from vfl.split import Schedule
@@ -32,6 +33,12 @@ class Clauses:
     open_gradients: bool = False
     separate_embeddings: bool = False
     leak_limit: float = 0.7
+
+    @classmethod
+    def of(cls, agreement: Agreement) -> Clauses:
+        """What this agreement says."""
+        network = agreement.network
+        return cls(network.open_gradients, network.separate_embeddings, agreement.leakage.leak_auc)
 
 
 NO_CONSENT = Clauses()

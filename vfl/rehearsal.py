@@ -26,7 +26,7 @@ from vfl.estimator import VerticalLinearModel
 from vfl.inner import Problem
 from vfl.losses import Loss, Matrix, Vector
 from vfl.messages import MaskedEmbedding, PartialEmbedding
-from vfl.task import estimator
+from vfl.task import linear
 
 Rows = NDArray[np.int64]
 NEVER = 1e-300  # a tolerance that stops nothing
@@ -128,7 +128,7 @@ class _Watched(Problem):
 
 
 def _trainer(x: pd.DataFrame, y: Vector | None, model: Model) -> Callable[[Session], VerticalLinearModel]:
-    return lambda session: _watched(estimator(model)).fit(x, y, session=session)
+    return lambda session: _watched(linear(model)).fit(x, y, session=session)
 
 
 def _watched(model: VerticalLinearModel) -> VerticalLinearModel:

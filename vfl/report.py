@@ -22,6 +22,7 @@ from vfl.encryption.choice import strength
 from vfl.estimator import VerticalLinearModel
 from vfl.job import Outcome, Prepared
 from vfl.meter import Cell, reading_rows
+from vfl.neural import VerticalMLP
 from vfl.task import shown
 
 SINGLE_HOLDER = (
@@ -113,7 +114,7 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
     return summary
 
 
-def encryption(model: VerticalLinearModel, agreement: Agreement) -> dict[str, Any]:
+def encryption(model: VerticalLinearModel | VerticalMLP, agreement: Agreement) -> dict[str, Any]:
     """The scheme that was agreed, the one that was used, and what both were predicted to cost."""
     terms = getattr(model, "terms_", None)  # a loaded model has not been trained here
     if terms is None:
@@ -197,7 +198,7 @@ def cost_rows(summary: dict[str, Any]) -> list[dict[str, str | int | float | Non
     ]
 
 
-def leakage_rows(model: VerticalLinearModel, agreement: Agreement) -> list[dict[str, Cell]]:
+def leakage_rows(model: VerticalLinearModel | VerticalMLP, agreement: Agreement) -> list[dict[str, Cell]]:
     """Whether the label holder can have rebuilt the feature holders' columns from embeddings of the same rows.
 
     Unless the agreement allows it, training itself stops before it has as many as these have independent directions.

@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from sklearn.base import ClassifierMixin
 
-from parties.agreement import Model
+from parties.agreement import Agreement, Model
 from parties.errors import LocalError
+from parties.files import read_bytes
 from parties.session import Session
 from vfl.estimator import VerticalLinearModel
 from vfl.evaluation import Evaluation, compare
 from vfl.linear import VerticalLogisticRegression, VerticalPoissonRegressor, VerticalRidge
 from vfl.losses import Matrix, Vector
+from vfl.neural import VerticalMLP, VerticalMLPClassifier, VerticalMLPRegressor
 
 LabelUse = Literal["binary", "classes", "numbers"]
 
 
-def estimator(model: Model) -> VerticalLinearModel:
+def estimator(agreement: Agreement) -> VerticalLinearModel | VerticalMLP:
     """The estimator that the agreement describes."""
+    model, network = agreement.model, agreement.network
+    if agreement.is_network:
+        made = VerticalMLPClassifier if model.kind == "network classifier" else VerticalMLPRegressor
+        return made(
+            network.hidden,
+            mode=network.mode,
+            merge=network.merge,
+            defence=network.defence,
+            optimiser=network.optimiser,
+            learning_rate=model.learning_rate,
+            momentum=network.momentum,
+            alpha=network.weight_decay,
+            batch_size=model.batch_size,
+            epochs=model.epochs,
+            early_stopping=network.early_stopping,
+            random_state=model.seed,
+        )
+    return linear(model)
+
+
+def linear(model: Model) -> VerticalLinearModel:
+    """The generalised linear model that the agreement describes."""
     common = {
         "l1_ratio": model.l1_ratio,
         "fit_intercept": model.fit_intercept,
@@ -41,7 +67,7 @@ def estimator(model: Model) -> VerticalLinearModel:
 
 def label_use(model: Model, positive: str) -> LabelUse:
     """How the label's column is read. Classes come as text; without a positive value there may be several."""
-    if model.kind != "logistic regression":
+    if model.kind not in ("logistic regression", "network classifier"):
         return "numbers"
     return "binary" if positive else "classes"
 
@@ -62,36 +88,46 @@ def classes_of(place: str, column: str, words: NDArray[Any]) -> NDArray[Any]:
     return np.array([numbers[word] for word in words])
 
 
-def scores(model: VerticalLinearModel, x: pd.DataFrame, session: Session) -> Matrix | Vector | None:
+def scores(model: VerticalLinearModel | VerticalMLP, x: pd.DataFrame, session: Session) -> Matrix | Vector | None:
     """What a user of the model wants of each row, at the label holder: the probability of the positive class (n,), of
     each of several classes (n, classes), or the prediction (n,). None at a feature holder.
 
     Reveals:
         What `decision_function` does.
     """
-    if not isinstance(model, VerticalLogisticRegression):
+    if not isinstance(model, ClassifierMixin):
         return model.predict(x, session=session)  # type: ignore[no-any-return]
     both = model.predict_proba(x, session=session)
     return None if both is None else both[:, 1] if both.shape[1] == 2 else both
 
 
-def evaluate(model: VerticalLinearModel, y: NDArray[Any], joint: Matrix | Vector, x: Matrix) -> Evaluation:
+def evaluate(
+    model: VerticalLinearModel | VerticalMLP, y: NDArray[Any], joint: Matrix | Vector, x: Matrix
+) -> Evaluation:
     """Figures of the joint model beside those of the label holder alone, whose columns of the same rows are x."""
-    alone, own = model.alone_, x if x.shape[1] else np.zeros((len(x), 1))
-    if not isinstance(model, VerticalLogisticRegression):
+    alone, own = getattr(model, "alone_", None), x if x.shape[1] else np.zeros((len(x), 1))
+    if not isinstance(model, ClassifierMixin):
         kind: Literal["poisson", "regression"] = (
             "poisson" if isinstance(model, VerticalPoissonRegressor) else "regression"
         )
-        return compare(kind, y, {"joint": joint, "alone": alone.predict(own)})
-    both = alone.predict_proba(own)
-    if both.shape[1] == 2:
-        return compare("binary", y, {"joint": joint, "alone": both[:, 1]})
+        return compare(kind, y, {"joint": joint} | ({} if alone is None else {"alone": alone.predict(own)}))
+    both = None if alone is None else alone.predict_proba(own)
+    if joint.ndim == 1:
+        return compare("binary", y, {"joint": joint} | ({} if both is None else {"alone": both[:, 1]}))
     coded = np.searchsorted(model.classes_, y).astype(np.float64)
     names = [str(one) for one in model.classes_]
-    return compare("multiclass", coded, {"joint": joint, "alone": both}, classes=names)
+    return compare("multiclass", coded, {"joint": joint} | ({} if both is None else {"alone": both}), classes=names)
 
 
-def shown(model: VerticalLinearModel, found: Matrix | Vector) -> dict[str, NDArray[Any]]:
+def load_share(path: Path) -> VerticalLinearModel | VerticalMLP:
+    """The estimator whose share `save` wrote. Raises LocalError."""
+    start = read_bytes(path, "the model share")[:200]
+    if b'"colonnade_network"' not in start:
+        return VerticalLinearModel.load(path)
+    return (VerticalMLPClassifier if b"VerticalMLPClassifier" in start else VerticalMLPRegressor).load(path)
+
+
+def shown(model: VerticalLinearModel | VerticalMLP, found: Matrix | Vector) -> dict[str, NDArray[Any]]:
     """Scores as columns of a file: `score`, or for several classes `predicted` and one probability each."""
     if found.ndim == 1:
         return {"score": found}

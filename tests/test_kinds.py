@@ -1,0 +1,97 @@
+"""Every kind of model that an agreement can name, through the command line and real processes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.world import build, colonnade, customers, together
+
+BOLD = "allow_reconstruction = true\ntest_fraction = 0.3\n"
+
+
+def tables(label: pd.Series) -> dict[str, pd.DataFrame]:
+    """Three organisations' customers; the bank's label is the given one, of 400 customers in their order."""
+    held = customers(400)
+    base = customers(400)["bank"]
+    held["bank"] = base.assign(bad=label.to_numpy()[base.index])
+    return held
+
+
+def counted() -> pd.Series:
+    rng = np.random.default_rng(5)
+    return pd.Series(rng.poisson(2.0, 400))
+
+
+KINDS = {
+    "linear": ("kind = 'linear regression'\nresidual_range = 64\n", pd.Series(np.arange(400) % 37 / 7.0), "r2"),
+    "poisson": ("kind = 'poisson regression'\nresidual_range = 64\nalpha = 0.01\n", counted(), "d2"),
+    "three classes": ("", pd.Series(np.array(["low", "middle", "high"])[np.arange(400) % 3]), "accuracy"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_train_and_predict(tmp_path, kind):
+    model, label, figure = KINDS[kind]
+    held = tables(label)
+    paths = build(tmp_path, held, model=BOLD + model, sign=False)
+    bank = paths["bank"].read_text()
+    paths["bank"].write_text(bank.replace('positive = "yes"\n', ""))
+    for path in paths.values():
+        assert colonnade("sign", path)[0] == 0
+    code, shown, error = colonnade("check", paths["bank"])
+    assert code == 0, error
+    assert "different values" in shown
+    codes, errors = together({name: ["run", path, "--events"] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    summary = json.loads((tmp_path / "out" / "bank" / "summary.json").read_text())
+    assert figure in summary["metrics"]["joint"] and figure in summary["metrics"]["alone"]
+    assert (tmp_path / "out" / "bank" / "report.html").exists()
+    rows = pd.read_csv(tmp_path / "out" / "bank" / "rows.csv")
+    column = "predicted" if kind == "three classes" else "score"
+    assert rows[column].notna().sum() == (rows["part"] == "test").sum() > 0
+
+    for name, table in held.items():
+        table.drop(columns="bad", errors="ignore").to_csv(tmp_path / f"new_{name}.csv", index=False)
+    commands = {name: ["predict", path, "--input", tmp_path / f"new_{name}.csv"] for name, path in paths.items()}
+    commands["bank"] += ["--output", tmp_path / "scores.csv"]
+    codes, errors = together(commands)
+    assert set(codes.values()) == {0}, errors
+    assert len(pd.read_csv(tmp_path / "scores.csv")) == summary["intersection"]
+
+
+def test_a_search_chooses_and_says_so(tmp_path):
+    paths = build(
+        tmp_path,
+        customers(400),
+        model=BOLD + "tolerance = 1e-4\n",
+        identifiers='[search]\nfolds = 2\nmetric = "auc"\ngrid = { C = [0.01, 1.0] }\n',
+    )
+    codes, errors = together({name: ["run", path, "--events"] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    summary = json.loads((tmp_path / "out" / "bank" / "summary.json").read_text())
+    assert summary["search"]["chosen"]["C"] in (0.01, 1.0) and len(summary["search"]["figures"]) == 2
+    assert "figures" not in json.loads((tmp_path / "out" / "telco" / "summary.json").read_text())["search"]
+
+
+def test_a_network(tmp_path):
+    pytest.importorskip("torch", reason="needs colonnade[torch]")
+    network = "[network]\nhidden = [4]\n"
+    model = BOLD + "kind = 'network classifier'\nepochs = 2\nbatch_size = 64\nresidual_range = 4\n"
+    paths = build(tmp_path, customers(400), model=model, identifiers=network)
+    codes, errors = together({name: ["run", path, "--events"] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    summary = json.loads((tmp_path / "out" / "bank" / "summary.json").read_text())
+    assert 0.4 < summary["metrics"]["joint"]["auc"] <= 1
+    share = json.loads((tmp_path / "out" / "grocer" / "model.json").read_text())
+    assert share["colonnade_network"] == 1
+    for name, table in customers(400).items():
+        table.drop(columns="bad", errors="ignore").to_csv(tmp_path / f"new_{name}.csv", index=False)
+    commands = {name: ["predict", path, "--input", tmp_path / f"new_{name}.csv"] for name, path in paths.items()}
+    commands["bank"] += ["--output", tmp_path / "scores.csv"]
+    codes, errors = together(commands)
+    assert set(codes.values()) == {0}, errors
+    assert pd.read_csv(tmp_path / "scores.csv")["score"].between(0, 1).all()

@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 IDS ?= 10000,100000,1000000
 OPENMINED := out/bench-openmined
+FLOWER := out/bench-flower
 
 .PHONY: demo test bench clean
 
@@ -19,16 +20,23 @@ test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n $(JOBS)
 
 # Minutes on a quiet machine, most of them at a million ids a side; IDS=10000,100000 is enough for a look.
-bench: $(VENV)/installed-dev $(OPENMINED)/installed
-	@rm -f out/bench-exchange.json out/bench-psi.json
+bench: $(VENV)/installed-dev $(OPENMINED)/installed $(FLOWER)/installed
+	@rm -f out/bench-exchange.json out/bench-psi.json out/bench-horizontal.json
 	-$(BIN)/python benchmarks/exchange.py --json out/bench-exchange.json
 	-$(BIN)/python benchmarks/psi.py --ids $(IDS) --openmined-python $(OPENMINED)/bin/python --json out/bench-psi.json
-	$(BIN)/python benchmarks/report.py out/bench-exchange.json out/bench-psi.json
+	-$(BIN)/python benchmarks/horizontal.py --flower-python $(FLOWER)/bin/python --json out/bench-horizontal.json
+	$(BIN)/python benchmarks/report.py out/bench-exchange.json out/bench-psi.json out/bench-horizontal.json
 
 # openmined-psi, which we measure against, pins what we do not.
 $(OPENMINED)/installed: benchmarks/requirements-openmined.txt | $(BIN)/python
 	$(BIN)/python -m venv $(OPENMINED)
 	$(OPENMINED)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+# So does Flower, with whose simulation the horizontal mode is compared.
+$(FLOWER)/installed: benchmarks/requirements-flower.txt | $(BIN)/python
+	$(BIN)/python -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 $(BIN)/python:

@@ -245,7 +245,7 @@ def test_rows_of_one_customer_with_different_labels_cannot_be_aggregated(tmp_pat
     altered(
         paths["bank"], ("[table]", '[table]\nduplicates = "aggregate"\naggregate = { income = "mean", years = "max" }')
     )
-    with pytest.raises(LocalError, match="column 'bad': 3 ids have rows of both labels"):
+    with pytest.raises(LocalError, match="column 'bad': 3 ids have rows of different labels"):
         job.prepare(Party(paths["bank"]))
 
 

@@ -92,10 +92,10 @@ def prepare(
     names = list(choice.features if trained is None else trained.columns)
     if not names and not party.is_label_holder:
         raise LocalError(f"{party.path}: name our columns as features in [table]; 'colonnade align' needs none")
-    if trained is None and party.is_label_holder and not choice.label:
-        raise LocalError(f"{party.path}: the label holder names its label in [table]; 'colonnade align' needs none")
     if agreement.intersection.result != "rows":
         raise Refused(f'the agreement reveals only {agreement.intersection.result!r}: a model needs result = "rows"')
+    if trained is None and party.is_label_holder and not choice.label:
+        raise LocalError(f"{party.path}: the label holder names its label in [table]; 'colonnade align' needs none")
     categories, gaps = _declared(plan) if trained is None else _learnt(trained)
     label = choice.label if trained is None else ""
     use = label_use(agreement.model, choice.positive)

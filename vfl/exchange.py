@@ -159,7 +159,15 @@ class Terms:
         own = {name: replace(scales, residual_bits=min(scales.residual_bits, bits[name])) for name in plans}
         over = {name: plan.magnitude + own[name].residual_bits + range_bits - room for name, plan in plans.items()}
         parts = {name: 2 << excess if excess > 0 else 1 for name, excess in over.items()}  # uneven ones need more
+        for name, count in parts.items():
+            if count > e.numbers_per_key or own[name].residual_bits < 0:
+                raise Refused(f"{name}: sums of {plans[name].magnitude} bits are too large; standardise", peer=name)
         return cls(scheme, columns, own, parts, exchanges, costs, width, e.numbers_per_key)
+
+    @property
+    def residual_range(self) -> float:
+        """No residual is larger."""
+        return float(2 ** next(iter(self.scales.values())).range_bits)
 
     def passes(self, name: str, rows: int) -> list[tuple[slice, slice]]:
         """The columns of X and of R, in turn, that a key opens for this feature holder. Paillier: all at once."""

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 
+from vfl.leakage.defences import normal
 from vfl.losses import Logistic, Loss, Matrix, Multinomial, Poisson, Squared, Vector
 
 TOLERANCE = 1e-10  # far below any outer one
 ITERATIONS = 1000
+FEW_SCORES = 10
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Problem:
 
     @property
     def scale(self) -> float:
-        """What a gradient is measured against: 1, or the spread of unbounded targets."""
-        return 1.0 if self.loss.bounded else max(float(np.std(self.y)), np.finfo(float).tiny)
+        """What a gradient is measured against: the rows' mean weight, times the spread of unbounded targets."""
+        spread = 1.0 if self.loss.bounded else max(float(np.std(self.y)), np.finfo(float).tiny)
+        return spread * float(self.weights.mean())
 
     def value(self, scores: Matrix, weights: Matrix) -> float:
         """F, at scores (n, m) of weights (d, m)."""
@@ -46,6 +49,14 @@ class Problem:
     def mean(self, scores: Matrix) -> float:
         """F without its penalty."""
         return float(self.weights @ self.loss.values(scores, self.y)) / len(self.y)
+
+    def first_residual(self, scores: Matrix, largest: float) -> tuple[Matrix, bool]:
+        """`residual`, but of blurred scores where these take few values (no columns, or binary ones): a residual of few
+        values makes it easier to take labels from a gradient. Whether it is blurred."""
+        if len(np.unique(np.round(scores, 6), axis=0)) >= FEW_SCORES:
+            return self.residual(scores), False
+        spread = float(np.std(self.y)) if isinstance(self.loss, Squared) else 1.0
+        return np.clip(self.residual(scores + spread * normal(scores.shape)), -largest, largest), True
 
     def residual(self, scores: Matrix) -> Matrix:
         """R (n, m): n times the gradient of F's first part with respect to the scores."""

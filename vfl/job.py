@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -215,15 +216,21 @@ def train(
         return _train_on(session, prepared, common, report, None, False)
     job = _job(session.agreement, prepared)
     write_checkpoint(folder / ALIGNMENT, job, {"session": session.id.hex()}, {"rows": common.astype("<i8")})
-    return _train_on(session, prepared, common, report, Checkpoints(folder, job), False)
+    return _train_on(session, prepared, common, report, Checkpoints(folder, _of(job, session.id.hex())), False)
 
 
 def _job(agreement: Agreement, prepared: Prepared) -> bytes:
     """What an interrupted training was: the agreement, and our own columns and label."""
-    digest = hashlib.sha256(b"colonnade/job/1" + agreement.digest)
+    plan = msgspec.json.encode([list(prepared.features), prepared.plan], order="sorted")
+    digest = hashlib.sha256(b"colonnade/job/1" + agreement.digest + hashlib.sha256(plan).digest())
     for values in (*(prepared.features[name] for name in prepared.features), pd.Series(prepared.label)):
         digest.update(pd.util.hash_pandas_object(values, index=False).to_numpy().tobytes())
     return digest.digest()
+
+
+def _of(job: bytes, session: str) -> bytes:
+    """A job on the rows that a session found."""
+    return hashlib.sha256(job + bytes.fromhex(session)).digest()
 
 
 def _train_on(
@@ -319,7 +326,7 @@ def resume(party: Party, progress: Progress, note: Callable[[str], None]) -> Out
         raise LocalError(f"{party.output / 'psi_report.json'} is of another run; run without --resume")
     task = f"resume {report.session[:32]}"
     with psi_job.meeting(house, approval, task, RESUMED, progress, note) as session:
-        checkpoints = Checkpoints(party.output, found.job)
+        checkpoints = Checkpoints(party.output, _of(found.job, report.session))
         outcome = _train_on(session, prepared, found.arrays["rows"], report, checkpoints, True)
     (party.output / ALIGNMENT).unlink(missing_ok=True)
     return _closed(outcome, session)

@@ -53,7 +53,7 @@ def receive_rows(channel: Channel, kind: type[InClear], exchange: int, rows: int
             if part.exchange != exchange or part.data.shape != (min(step, rows - start), width):
                 raise ValueError(f"{kind.__name__} of another step or shape than is due")
         parts.append(part.data)
-    return np.vstack(parts)
+    return np.vstack(parts) if parts else np.empty((0, width))
 
 
 class Guard:

@@ -76,6 +76,8 @@ def label_holder(
     norm = np.nan
     for exchange in range(limits.exchanges):
         residual = problem.residual(ahead)
+        if not exchange:
+            residual, _ = problem.first_residual(ahead, end.terms.residual_range)
         check_finite(residual, exchange)
         open_gradients(end, residual, exchange)
         gradient, slope = x.T @ residual / n + problem.penalty * slice_.z, residual.mean(axis=0) * problem.fit_intercept

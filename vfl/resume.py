@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from parties.errors import Refused
 from parties.message import Array, Message, kind
 from parties.session import Session
 from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
 
-EVERY = 5
+EVERY = 1
 KEPT = 2  # a party may be one checkpoint ahead of another
 
 
@@ -76,10 +77,13 @@ class Checkpoints:
             path.unlink()
 
     def start(self, session: Session, *, resume: bool) -> Start:
-        """Where all go on together: from the last state that all have kept, or from the beginning.
+        """Where all go on together: from the last state that all have kept, or from the beginning. What is done again
+        is the last exchange at most, which comes out the same: the label holder learns nothing more.
 
         Reveals:
             To all: how far our last training came.
+        Raises:
+            Refused: there is no such state.
         """
         if not resume:
             self.clear()
@@ -88,7 +92,12 @@ class Checkpoints:
         session.broadcast(Kept(np.array(ours, "<u4")))
         common = set(ours).intersection(*(set(one.data.tolist()) for one in session.gather(Kept).values()))
         last = max(common, default=0)
+        if not last or last < max(ours, default=0) - 1:
+            raise Refused(
+                "no state that all parties have: going on would show the label holder more embeddings of the same rows "
+                "than were agreed; run without --resume"
+            )
         for exchanges in set(ours) - common:  # ahead of the others: not to be mistaken for the new run's
             self._path(exchanges).unlink()
-        found = read_checkpoint(self._path(last), self._job) if last else None
+        found = read_checkpoint(self._path(last), self._job)
         return Start(last, found.arrays if found else {}, self.keep)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from itertools import count
 
 import numpy as np
@@ -113,7 +114,7 @@ def answer(
         answered[rows] = True
         if maximum_rows is not None and answered.sum() > maximum_rows:
             raise Refused(f"{label_holder.peer} asks for more rows than our policy answers, {maximum_rows}")
-        contribution.send_embedding(ours[rows], number)
+        contribution.send_embedding(ours[rows], number, sha256(rows.astype("<u4").tobytes()).digest())
         session.advance(int(answered.sum()), len(ours))
     return int(answered.sum())
 

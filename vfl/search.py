@@ -253,7 +253,8 @@ def _allow(
                 peer=name,
             )
     together = sum(plan.rank for plan in holders.values())
-    allowance = Allowance(NO_LIMIT * fits * outputs if consent else together - 1, fits, outputs)
+    most = session.agreement.leakage.most_embeddings(together)
+    allowance = Allowance(NO_LIMIT * fits * outputs if consent else most, fits, outputs)
     if not consent and model.solver == "proximal":
         raise Refused(
             "a search with solver = 'proximal' embeds rows more often than can be counted beforehand; agree on "
@@ -263,7 +264,7 @@ def _allow(
         raise Refused(
             f"a search of {fits} fits embeds every row {fits * outputs} times or more, and the feature holders' "
             f"columns have {together} independent directions: the label holder could rebuild them; at most "
-            f"{max(together - 1, 0) // outputs} fits are possible: agree on fewer folds, a smaller grid, or "
+            f"{most // outputs} fits are possible: agree on fewer folds, a smaller grid, or "
             "allow_reconstruction"
         )
     if not consent:

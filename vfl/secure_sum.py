@@ -10,6 +10,7 @@ With two feature holders, the label holder and one of them together know the oth
 
 from __future__ import annotations
 
+import hmac
 import math
 import os
 from collections.abc import Sequence
@@ -69,8 +70,10 @@ class Contribution:
             self._keys.append((1 if session.name == first else -1, key))
         self._used: set[tuple[int, int]] = set()
 
-    def send_embedding(self, values: Vector | Matrix, exchange: int) -> None:
+    def send_embedding(self, values: Vector | Matrix, exchange: int, context: bytes = b"") -> None:
         """Our partial embedding, (n,) or (n, m). Raises LocalError when a value would wrap around modulo 2^64.
+
+        Masks cancel only between parties that say the same `context`, such as which rows the label holder chose.
 
         Reveals:
             To the label holder: the sum over all feature holders; with one, our embedding itself.
@@ -87,7 +90,7 @@ class Contribution:
                 self.label_holder.send(PartialEmbedding(exchange, flat[start : start + VALUES_PER_PART]))
             return
         words = np.rint(np.ldexp(flat, self._bits)).astype(np.int64).astype("<u8")
-        for sign, stream in self._streams(exchange, MaskedEmbedding, 8 * len(words)):
+        for sign, stream in self._streams(exchange, MaskedEmbedding, 8 * len(words), context):
             mask = np.frombuffer(stream, "<u8")
             words = words + mask if sign > 0 else words - mask
         for start in range(0, max(len(words), 1), VALUES_PER_PART):
@@ -111,14 +114,15 @@ class Contribution:
         raw = b"".join((number % SCALAR_MODULUS).to_bytes(16, "little") for number in numbers)
         self.label_holder.send(MaskedScalars(exchange, np.frombuffer(raw, np.uint8).reshape(-1, 16)))
 
-    def _streams(self, exchange: int, kind: type[Message], size: int) -> list[tuple[int, bytes]]:
+    def _streams(self, exchange: int, kind: type[Message], size: int, context: bytes = b"") -> list[tuple[int, bytes]]:
         if (exchange, kind.kind) in self._used:  # a mask used twice reveals a difference
             raise RuntimeError("a mask may be used only once")
         self._used.add((exchange, kind.kind))
         nonce = bytes(4) + exchange.to_bytes(8, "little") + kind.kind.to_bytes(4, "little")
+        keys = [(sign, hmac.digest(key, context, "sha256") if context else key) for sign, key in self._keys]
         return [
             (sign, Cipher(algorithms.ChaCha20(key, nonce), mode=None).encryptor().update(bytes(size)))
-            for sign, key in self._keys
+            for sign, key in keys
         ]
 
 

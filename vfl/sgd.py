@@ -63,6 +63,8 @@ def label_holder(
         meter.embedded(embedded, rows)
         scores = x[rows] @ weights + intercept + embedded
         residual = batch.residual(scores)
+        if not exchange:
+            residual, _ = batch.first_residual(scores, end.terms.residual_range)
         check_finite(residual, exchange)
         open_gradients(end, residual, exchange)
         weights = weights - rate * (x[rows].T @ residual / len(rows) + problem.penalty * weights)

@@ -21,16 +21,14 @@ from parties.errors import ProtocolViolation, blame
 from parties.session import Session
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
 from vfl.inner import Inner, Problem
-from vfl.leakage.defences import normal
 from vfl.losses import Matrix
 from vfl.messages import LARGEST, Direction, Weights
 from vfl.meter import Meter
 from vfl.resume import ANEW, Start
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
-from vfl.solver import Limits, Result, expected
+from vfl.solver import Limits, Result, check_finite, expected
 
-NEW = 1e-14  # of the gradient's square: less than that is no new direction
-FEW_SCORES = 10
+NEW = 1e-12  # of the gradient's square: less than that is no new direction
 
 
 def label_holder(
@@ -68,8 +66,10 @@ def label_holder(
         if exchange:
             session.broadcast(Weights(exchange - 1, weights[x.shape[1] :].ravel()))
         scores = known @ weights + intercept
-        blurred = not exchange and len(np.unique(np.round(scores, 6), axis=0)) < FEW_SCORES
-        residual = problem.residual(scores + normal(scores.shape) if blurred else scores)
+        residual, blurred = problem.residual(scores), False
+        if not exchange:
+            residual, blurred = problem.first_residual(scores, end.terms.residual_range)
+        check_finite(residual, exchange)
         open_gradients(end, residual, exchange)
         products = sum_scalars(session, directions * width + width * (width + 1) // 2, exchange)
         across, square = _unpacked(products, directions, width)
@@ -151,10 +151,10 @@ def feature_holder(
                 raise ValueError("a direction that cannot be")
         directions = np.column_stack([directions, added])
         embedding = exact @ added
+        start.keep(exchange + 1, {"directions": directions})  # before it goes: whoever resumes knows that it went
         contribution.send_embedding(embedding, exchange)
         meter.embedded(embedding)
         meter.read(0)
-        start.keep(exchange + 1, {"directions": directions})
     raise ProtocolViolation(f"{channel.peer} wants more than {limits.exchanges} exchanges", peer=channel.peer)
 
 

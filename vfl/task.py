@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from vfl.linear import VerticalLogisticRegression, VerticalPoissonRegressor, Ver
 from vfl.losses import Matrix, Vector
 from vfl.neural import VerticalMLP, VerticalMLPClassifier, VerticalMLPRegressor
 
+log = logging.getLogger("colonnade")
 LabelUse = Literal["binary", "classes", "numbers"]
 
 
@@ -111,8 +113,13 @@ def evaluate(
             "poisson" if isinstance(model, VerticalPoissonRegressor) else "regression"
         )
         return compare(kind, y, {"joint": joint} | ({} if alone is None else {"alone": alone.predict(own)}))
+    known = np.isin(y, model.classes_)
+    if not known.all():
+        log.warning("%d held-out rows are of a class that no training row has: left out of the figures", (~known).sum())
+        y, joint, own = y[known], joint[known], own[known]
     both = None if alone is None else alone.predict_proba(own)
     if joint.ndim == 1:
+        y = (y == model.classes_[1]).astype(np.float64)
         return compare("binary", y, {"joint": joint} | ({} if both is None else {"alone": both[:, 1]}))
     coded = np.searchsorted(model.classes_, y).astype(np.float64)
     names = [str(one) for one in model.classes_]

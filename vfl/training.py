@@ -96,6 +96,11 @@ def prepare(
             check_columns(x[batch], list(names), agreed.minimum_rows_off_mode, where)
             session.tick()
         fixed = scales.features(x, names)
+        if len(np.unique(x, axis=0)) < len(x) / 2 and not agreed.allow_reconstruction:
+            log.warning(
+                "our columns take few combinations of values: one or two embeddings may tell them all, long before the "
+                "limit; see docs/threats.md"
+            )
         plans = agree(session, purpose, params, x, rank=rank(x), magnitude=scales.magnitude(fixed, batches))
     label_plan = plans.pop(session.label_holder)
     if not label_plan.outputs or label_plan.range_bits not in (0, _range_bits(agreed)):

@@ -34,7 +34,8 @@ from rich.table import Table
 
 from vfl.encryption.choice import SLOT_BITS, measured, predict, strength
 from vfl.encryption.fixedpoint import restore
-from vfl.encryption.lattice import PLAIN_BITS, SEALED_BYTES, Columns, LatticeKey, LatticeWeigher, Layout, passes
+from vfl.encryption.lattice import PLAIN_BITS, Columns, LatticeKey, LatticeWeigher
+from vfl.encryption.layout import SEALED_BYTES, Layout, passes
 from vfl.encryption.paillier import generate
 from vfl.encryption.weigh import PaillierOpener, PaillierWeigher
 

@@ -15,18 +15,8 @@ from parties.errors import LocalError
 from tests.conftest import Stream
 from tests.test_ring import canonical
 from vfl.encryption import lattice, ring
-from vfl.encryption.lattice import (
-    DEGREE,
-    ERROR,
-    FLOOD_BITS,
-    PLAIN_BITS,
-    REPLY_PRIMES,
-    SEALED_BYTES,
-    Columns,
-    LatticeKey,
-    LatticeWeigher,
-    Layout,
-)
+from vfl.encryption.lattice import DEGREE, ERROR, FLOOD_BITS, PLAIN_BITS, Columns, LatticeKey, LatticeWeigher
+from vfl.encryption.layout import REPLY_PRIMES, SEALED_BYTES, Layout, passes
 from vfl.encryption.ring import PRIMES
 
 CONTEXT, BOUND = b"session, label holder, exchange", 1 << 30
@@ -311,7 +301,7 @@ def test_more_sums_than_the_flood_hides_are_refused():
 
 @given(st.integers(1, 10**6), st.integers(1, 300), st.integers(1, 5), st.integers(1, 8), st.sampled_from([1, 32, 500]))
 def test_no_key_opens_more_numbers_than_agreed(rows, columns, width, parts, numbers):
-    some, residuals = lattice.passes(rows, columns, width, parts, numbers)
+    some, residuals = passes(rows, columns, width, parts, numbers)
     assert 1 <= some <= columns
     assert 1 <= residuals <= width
     assert some * residuals * parts <= numbers or some == residuals == 1  # one sum is opened in all its parts

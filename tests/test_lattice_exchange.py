@@ -29,7 +29,7 @@ from tests.training import (
     with_fields,
 )
 from vfl import sgd
-from vfl.encryption.lattice import SEALED_BYTES
+from vfl.encryption.layout import SEALED_BYTES
 from vfl.exchange import Terms, accept_key, offer_key, open_gradients, weigh_gradient
 from vfl.messages import OpenedGradient, Plan, SchemeKey, SealedGradient, SealedResidual
 

@@ -14,7 +14,8 @@ from tests.conftest import Stream
 from tests.test_lattice import Exchange, random
 from tests.test_ring import canonical
 from vfl.encryption import ring
-from vfl.encryption.lattice import DEGREE, REPLY_PRIMES, SEALED_BYTES, Layout
+from vfl.encryption.layout import REPLY_PRIMES, SEALED_BYTES, Layout
+from vfl.encryption.ring import DEGREE
 
 # Malformed ciphertexts
 

@@ -11,7 +11,7 @@ from tests.conftest import Stream
 from tests.test_lattice import BOUND, CONTEXT, Exchange, random
 from tests.test_ring import canonical, centred
 from vfl.encryption import lattice, ring
-from vfl.encryption.lattice import REPLY_PRIMES
+from vfl.encryption.layout import REPLY_PRIMES
 from vfl.encryption.ring import DEGREE, PRIMES
 
 pytest.importorskip("tenseal.sealapi", reason="Microsoft SEAL, the oracle, comes with tenseal")

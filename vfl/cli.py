@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
@@ -24,9 +23,7 @@ from parties.files import check_writable, make_folder, occupied, write_whole
 from parties.identity import Identity, check_name
 from parties.party_file import Party
 from parties.tables import Source
-from parties.tables import Table as DataTable
 from psi import job
-from psi.hygiene import survey
 from psi.identifiers import rules_of
 from psi.job import House, Prepared, prepare
 from psi.report import Check
@@ -35,10 +32,7 @@ from vfl.commands_audit import audit_command
 from vfl.console import Watcher, err, frames, logging_to, out
 from vfl.horizontal import commands as horizontal
 from vfl.serve import serve
-
-if TYPE_CHECKING:
-    from vfl.estimate import Estimate
-    from vfl.job import Prepared as PreparedColumns
+from vfl.shown import add_model, show_ids
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -132,11 +126,11 @@ def check(path: PartyPath) -> None:
         from vfl import job as model_job
         from vfl.estimate import estimate
 
-        ours = model_job.prepare(party, look=lambda table: _hygiene(party, table))
+        ours = model_job.prepare(party, look=lambda table: show_ids(party, table))
         prepared: Prepared = ours
         cost = estimate(agreement, len(ours.ids), len(ours.fitted.names))
     else:
-        prepared = prepare(party, look=lambda table: _hygiene(party, table))
+        prepared = prepare(party, look=lambda table: show_ids(party, table))
     counts, table = prepared.ids.counts, Table(title=f"{agreement.title}: {party.name}", show_header=False)
     table.title_justify = "left"
     table.add_column()
@@ -155,7 +149,7 @@ def check(path: PartyPath) -> None:
         table.add_row("key" if len(agreement.identifiers.cascade) == 1 else f"key {number}", named)
     table.add_row("reveals", f"{agreement.intersection.result}; nothing below {agreement.intersection.minimum:,} rows")
     if ours is not None and cost is not None:
-        _model_rows(party, ours, cost, table)
+        add_model(party, ours, cost, table)
     for use in house.check_budget(prepared.ids):
         table.add_row(f"budget, {use.peer}", f"{use.runs} runs, {use.distinct_ids:,} distinct ids with this one")
     try:
@@ -168,59 +162,6 @@ def check(path: PartyPath) -> None:
 
 def _verb(trains: bool) -> str:
     return "run" if trains else "align"
-
-
-def _hygiene(party: Party, table: DataTable) -> None:
-    """The state of our ids, before they are judged: counts only."""
-    identifiers = party.agreement.identifiers
-    columns = {name: table.ids[column] for name, column in party.id_columns.items()}
-    found = survey(columns, identifiers, party.id_columns)
-    shown = Table(title=f"Ids in {table.source}: {found.rows:,} rows", title_justify="left")
-    for title in ("column", "rule"):
-        shown.add_column(title)
-    for title in ("empty", "refused", "changed by the rule", "distinct", "digits only", "with letters"):
-        shown.add_column(title, justify="right")
-    for one in found.fields:
-        numbers = (one.empty, one.refused, one.changed, one.distinct, one.digits_only, one.with_letters)
-        shown.add_row(escape(one.column), one.rule, *(f"{number:,}" for number in numbers))
-    out.print(shown)
-    for key in found.keys:
-        out.print(
-            f"key {key.key}: {key.usable:,} rows have it, {key.distinct:,} distinct, "
-            f"{key.repeated:,} repeat an earlier one",
-            soft_wrap=True,
-            highlight=False,
-        )
-    for remark in found.remarks:
-        out.print(f"note: {remark}", soft_wrap=True, highlight=False, markup=False)
-
-
-def _model_rows(party: Party, prepared: PreparedColumns, cost: Estimate, table: Table) -> None:
-    from vfl import report
-    from vfl.encryption.choice import strength
-
-    choice, model, encryption = party.file.table, party.agreement.model, party.agreement.encryption
-    table.add_row("columns", f"{len(choice.features)}: {', '.join(choice.features)}")
-    if prepared.fitted.names != list(choice.features):
-        table.add_row("  prepared", f"{len(prepared.fitted.names)}: {', '.join(prepared.fitted.names)}")
-    if prepared.label is not None:
-        values = set(prepared.label.tolist())
-        told = f"{prepared.label.mean():.1%} positive" if values == {0.0, 1.0} else f"{len(values):,} different values"
-        table.add_row("label", f"{choice.label!r}, {told}")
-    strong = f"C = {model.C}" if model.kind == "logistic regression" else f"alpha = {model.alpha}"
-    how = f"{model.epochs} epochs" if party.agreement.is_network else f"{strong}, {model.solver}"
-    table.add_row("model", f"{model.kind}, {how}, at most {model.max_exchanges} exchanges")
-    why = "; auto: it costs less here than the other" if encryption.scheme == "auto" else ""
-    table.add_row("encryption", strength(cost.scheme, encryption.key_bits) + why)
-    table.add_row("predicted, at most", f"{cost.seconds:,.0f} s of one core, {decimal(cost.bytes)}")
-    table.add_row("  alignment", f"{cost.align_seconds:,.1f} s, {decimal(cost.align_bytes)} sent by us")
-    for scheme, one in cost.schemes.items():
-        table.add_row(
-            f"  {scheme}" + (" (chosen)" if scheme == cost.scheme else ""),
-            f"{one.seconds:,.1f} s, {decimal(one.bytes)} sent by all, for about {cost.exchanges} exchanges",
-        )
-    for text in report.notes(party.agreement):
-        table.add_row("note", text)
 
 
 @app.command()

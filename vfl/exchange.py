@@ -21,16 +21,8 @@ from parties.errors import LocalError, Refused, blame
 from parties.session import Session
 from vfl.encryption.choice import REFERENCE, Cost, Scheme, choose, predict
 from vfl.encryption.fixedpoint import quantise, restore, sum_bits
-from vfl.encryption.lattice import (
-    CACHE_BYTES,
-    NUMBERS_PER_KEY,
-    PLAIN_BITS,
-    Columns,
-    LatticeKey,
-    LatticeWeigher,
-    Layout,
-    passes,
-)
+from vfl.encryption.lattice import CACHE_BYTES, PLAIN_BITS, Columns, LatticeKey, LatticeWeigher
+from vfl.encryption.layout import NUMBERS_PER_KEY, Layout, passes
 from vfl.encryption.paillier import ROOTS, PublicKey, SecretKey, check_public_key, generate
 from vfl.encryption.scheme import Fixed, Opener, Weigher, Wire, from_wire, to_wire
 from vfl.encryption.weigh import PaillierOpener, PaillierWeigher

@@ -10,7 +10,8 @@ import pytest
 
 from tests.conftest import Stream
 from vfl.encryption import lattice, ring
-from vfl.encryption.lattice import DEGREE, PLAIN_BITS, Columns, LatticeKey, LatticeWeigher, Layout
+from vfl.encryption.lattice import DEGREE, PLAIN_BITS, Columns, LatticeKey, LatticeWeigher
+from vfl.encryption.layout import Layout
 from vfl.encryption.ring import PRIMES
 
 ROWS, COLUMNS, EXCHANGES, BOUND = 16, 512, 20, 1 << 30

@@ -14,7 +14,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from vfl.encryption.lattice import NUMBERS_PER_KEY, SEALED_BYTES, Columns, LatticeKey, LatticeWeigher, Layout, passes
+from vfl.encryption.lattice import Columns, LatticeKey, LatticeWeigher
+from vfl.encryption.layout import NUMBERS_PER_KEY, SEALED_BYTES, Layout, passes
 from vfl.encryption.paillier import generate
 from vfl.encryption.ring import DEGREE, modulus
 from vfl.encryption.scheme import Fixed

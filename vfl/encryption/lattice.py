@@ -19,7 +19,7 @@ down, for size. c1 and the wanted coefficients of c0 travel; of the plaintext on
 
 *Many keys.* Whoever chooses what is decrypted can read 40 coefficients of a ternary secret from one opened number. So
 no key opens more than `NUMBERS_PER_KEY` numbers, of one feature holder, in one exchange: 32 * 40 coefficients known
-leave a dimension of 6912, still 128 bits of security. `passes` cuts an exchange up accordingly.
+leave a dimension of 6912, still 128 bits of security. `vfl.encryption.layout.passes` cuts an exchange up accordingly.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -36,86 +34,16 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError
 from vfl.encryption import ring
+from vfl.encryption.layout import REPLY_PRIMES, SEALED_BYTES, Layout
 from vfl.encryption.ring import DEGREE, PRIMES, Entropy, Residues
 from vfl.encryption.scheme import Exact, Fixed, Wire
 
 PLAIN_BITS = 64
-REPLY_PRIMES = 4
 FLOOD_BITS = 116
 STATISTICAL_BITS = 40  # the least distance to a reply that does not depend on X, over a whole training
-SEALED_BYTES = len(PRIMES) * DEGREE * ring.PRIME_BYTES
 CACHE_BYTES = 1 << 30
-NUMBERS_PER_KEY = 32
 ERROR = ring.NOISE_BOUND + 0.5  # of a sealed coefficient: noise and rounding
 TOO_LARGE = "sums of a column's values are too large for the lattice scheme; standardise the features"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How rows and columns share polynomials; both ends derive it from what both know.
-
-    `width` residual columns, `block` rows in a ciphertext, `together` residual columns in a ciphertext.
-    """
-
-    rows: int
-    width: int
-    block: int
-    together: int
-
-    @classmethod
-    @cache
-    def of(cls, rows: int, columns: tuple[int, ...], width: int = 1) -> Layout:
-        """The layout that sends the fewest bytes over all feature holders, who have so many columns each."""
-        choices = (
-            cls(rows, width, min(rows, DEGREE // (together * products)), together)
-            for together in range(1, min(width, DEGREE) + 1)
-            for products in range(1, min(max(columns), DEGREE // together) + 1)
-        )
-        return min(choices, key=lambda c: sum(c.sealed * SEALED_BYTES + c.replies(d) * c.reply_bytes for d in columns))
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.rows // self.block)
-
-    @property
-    def sheets(self) -> int:
-        """Ciphertexts a block."""
-        return -(-self.width // self.together)
-
-    @property
-    def sealed(self) -> int:
-        """Ciphertexts of one exchange, the one of zero among them."""
-        return 1 + self.blocks * self.sheets
-
-    @property
-    def products(self) -> int:
-        """Columns of X in one product."""
-        return DEGREE // (self.block * self.together)
-
-    @property
-    def reply_bytes(self) -> int:
-        return REPLY_PRIMES * ring.PRIME_BYTES * (DEGREE + self.products * self.together)
-
-    def groups(self, columns: int) -> int:
-        return -(-columns // self.products)
-
-    def replies(self, columns: int, parts: int = 1) -> int:
-        """Ciphertexts that go back, when sums over the rows come in so many partial sums."""
-        return parts * self.groups(columns) * self.sheets
-
-    def wanted(self) -> NDArray[np.int64]:
-        """The coefficients of a product that hold sums."""
-        return np.arange(1, self.products * self.together + 1) * self.block - 1
-
-    def held(self, columns: int) -> list[NDArray[np.int64]]:
-        """For every reply to one part, group by group and sheet by sheet: which of `wanted` hold a sum."""
-        out = []
-        for group in range(self.groups(columns)):
-            for sheet in range(self.sheets):
-                column, residual = np.divmod(np.arange(self.products * self.together), self.together)
-                used = (group * self.products + column < columns) & (sheet * self.together + residual < self.width)
-                out.append(np.flatnonzero(used))
-        return out
 
 
 class LatticeKey:
@@ -391,21 +319,6 @@ def _cut(x: Fixed, parts: int, residual_bound: int) -> list[tuple[int, int]]:
     ):
         raise LocalError(TOO_LARGE)
     return ranges
-
-
-@cache
-def passes(rows: int, columns: int, width: int, parts: int = 1, numbers: int = NUMBERS_PER_KEY) -> tuple[int, int]:
-    """How many columns of X and of R go under one key, so that it opens at most `numbers` partial sums: the cut that
-    sends the fewest bytes."""
-
-    def cost(cut: tuple[int, int]) -> int:
-        layout = Layout.of(rows, (cut[0],), cut[1])
-        keys = -(-columns // cut[0]) * -(-width // cut[1])
-        return keys * (layout.sealed * SEALED_BYTES + layout.replies(cut[0], parts) * layout.reply_bytes)
-
-    most = max(numbers // parts, 1)
-    cuts = [(c, min(width, most // c)) for c in range(1, min(columns, most) + 1)]
-    return min(cuts, key=cost)
 
 
 def _scaled(plain: NDArray[np.int64]) -> Residues:

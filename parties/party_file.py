@@ -35,7 +35,8 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which columns of which table take part. `label` and `positive` at the label holder only. In a horizontal job the
+    """Which columns of which table take part. `label`, `positive` and `weight`, of rows in a linear
+    model, at the label holder only. In a horizontal job the
     agreement names the columns: `columns` says which of ours they are (agreed = ours) where the names differ, `units`
     in what we measure them.
 
@@ -48,6 +49,7 @@ class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     features: tuple[str, ...] = ()
     label: str = ""
     positive: str = ""
+    weight: str = ""
     separator: Annotated[str, Meta(min_length=1, max_length=1)] = ","
     sql_table: str = ""
     order_by: str = ""
@@ -63,6 +65,8 @@ class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         if self.aggregate and set(self.aggregate) != set(self.features):
             odd = min(set(self.aggregate) ^ set(self.features))
             raise ValueError(f"aggregate must say sum, mean, max or count for every feature, and no other: see {odd!r}")
+        if self.weight and (self.aggregate or not self.label):
+            raise ValueError('weight goes with a label, and not with duplicates = "aggregate"')
         if self.sql_table and self.duplicates in ("first", "last") and not self.order_by:
             raise ValueError(f"duplicates = {self.duplicates!r} needs order_by: a database gives its rows in any order")
 

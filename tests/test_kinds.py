@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from tests.world import build, colonnade, customers, together
 
@@ -95,3 +97,27 @@ def test_a_network(tmp_path):
     codes, errors = together(commands)
     assert set(codes.values()) == {0}, errors
     assert pd.read_csv(tmp_path / "scores.csv")["score"].between(0, 1).all()
+
+
+def test_rows_may_have_weights(tmp_path):
+    held = customers(400)
+    held["bank"]["exposure"] = np.random.default_rng(1).uniform(0.5, 3, len(held["bank"]))
+    paths = build(tmp_path, held, model=BOLD + "residual_range = 8\n", sign=False)
+    bank = paths["bank"].read_text().replace(", 'exposure'", "")
+    paths["bank"].write_text(bank + 'weight = "exposure"\n')
+    for path in paths.values():
+        assert colonnade("sign", path)[0] == 0
+    codes, errors = together({name: ["run", path, "--events"] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    x, coef, y, weights = [], [], np.empty(0), np.empty(0)
+    for name, table in held.items():
+        rows = pd.read_csv(tmp_path / "out" / name / "rows.csv")
+        train = rows["part"].to_numpy() == "train"
+        share = json.loads((tmp_path / "out" / name / "model.json").read_text())
+        part = table.iloc[rows["row"]][train]
+        x.append(StandardScaler().fit_transform(part[share["features"]]))
+        coef += share["coef"][0]
+        if name == "bank":
+            y, weights = part["bad"] == "yes", part["exposure"]
+    oracle = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(np.hstack(x), y, sample_weight=weights)
+    assert np.abs(oracle.coef_[0] - coef).max() < 1e-3

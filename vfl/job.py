@@ -56,6 +56,7 @@ class Prepared(psi_job.Prepared):
     label: NDArray[Any] | None = field(repr=False)
     plan: Preparation = field(repr=False)
     fitted: FittedColumns = field(repr=False)
+    weights: Vector | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -100,7 +101,11 @@ def prepare(
     categories, gaps = _declared(plan) if trained is None else _learnt(trained)
     label = choice.label if trained is None else ""
     use = label_use(agreement.model, choice.positive)
+    weight = choice.weight if label else ""
+    if weight and (agreement.is_network or agreement.search is not None):
+        raise Refused(f"{party.path}: a network or a search takes no weights; take weight out of [table]")
     wanted, binary = (names, label) if use == "binary" or not label else ([*names, label], "")
+    wanted = [*wanted, weight] if weight else wanted
     read = psi_job.prepare(
         party,
         source=source,
@@ -114,6 +119,7 @@ def prepare(
     target = table.label if not label or binary else table.features.pop(label)
     if label and use == "classes" and target is not None:
         target = classes_of(table.source, label, target)
+    weights = table.features.pop(weight)[read.ids.rows] if weight else None
     features, truth = _taking_part(read, choice, target)
     try:
         fitted = trained or _fitted(features, plan, agreement.model, party.is_label_holder)
@@ -122,7 +128,7 @@ def prepare(
         raise LocalError(f"{read.table.source}: {error}") from None
     if trained is None:
         _rehearse(party, columns, read.table.source)
-    return Prepared(read.table, read.ids, features, truth, plan, fitted)
+    return Prepared(read.table, read.ids, features, truth, plan, fitted, weights)
 
 
 def _declared(plan: Preparation) -> tuple[set[str], set[str]]:
@@ -223,7 +229,10 @@ def _job(agreement: Agreement, prepared: Prepared) -> bytes:
     """What an interrupted training was: the agreement, and our own columns and label."""
     plan = msgspec.json.encode([list(prepared.features), prepared.plan], order="sorted")
     digest = hashlib.sha256(b"colonnade/job/1" + agreement.digest + hashlib.sha256(plan).digest())
-    for values in (*(prepared.features[name] for name in prepared.features), pd.Series(prepared.label)):
+    for values in (
+        *(prepared.features[name] for name in prepared.features),
+        *map(pd.Series, (prepared.label, prepared.weights)),
+    ):
         digest.update(pd.util.hash_pandas_object(values, index=False).to_numpy().tobytes())
     return digest.digest()
 
@@ -259,7 +268,8 @@ def _train_on(
         else:
             model = estimator(session.agreement)
             if isinstance(model, VerticalLinearModel):
-                model.fit(mine, target, session=session, checkpoints=checkpoints, resume=resume)
+                weights = None if prepared.weights is None else prepared.weights[common][~test]
+                model.fit(mine, target, session=session, sample_weight=weights, checkpoints=checkpoints, resume=resume)
             else:
                 model.fit(mine, target, session=session)
     found, evaluation = None, None

@@ -35,10 +35,9 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which columns of which table take part. `label`, `positive` and `weight`, of rows in a linear
-    model, at the label holder only. In a horizontal job the
-    agreement names the columns: `columns` says which of ours they are (agreed = ours) where the names differ, `units`
-    in what we measure them.
+    """Which columns of which table take part. `label`, `positive` and `weight` (of rows, in a linear model) at the
+    label holder only. In a horizontal job the agreement names the columns: `columns` says which of ours they are
+    (agreed = ours) where the names differ, `units` in what we measure them.
 
     `path` is a CSV or Parquet file, a folder of Parquet files, an SQLite file, or postgresql://user@host/database; the
     last two with `sql_table`. `id` is our column of the agreement's one field, or a table of field = column.

@@ -31,11 +31,12 @@ from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
 from vfl.inputs import RANK_TOLERANCE, check_columns
 from vfl.losses import Matrix, Vector
 from vfl.neural import VerticalMLP
+from vfl.optimisers import load_torch
 from vfl.preparation import FittedCategory, FittedColumns, FittedNumber, fit
 from vfl.resume import Checkpoints
 from vfl.search import Outcome as Searched
 from vfl.search import search
-from vfl.task import classes_of, estimator, evaluate, label_use, linear, load_share, scores
+from vfl.task import check_range, classes_of, estimator, evaluate, label_use, linear, load_share, scores
 
 log = logging.getLogger("colonnade")
 TRAINED = (*psi_job.ALIGNED, "model.json", "report.html")
@@ -119,6 +120,10 @@ def prepare(
     target = table.label if not label or binary else table.features.pop(label)
     if label and use == "classes" and target is not None:
         target = classes_of(table.source, label, target)
+    if label and use == "numbers":
+        check_range(f"{table.source}, column {label!r}", target, agreement.model.residual_range)
+    if label and agreement.is_network:
+        load_torch()
     weights = table.features.pop(weight)[read.ids.rows] if weight else None
     features, truth = _taking_part(read, choice, target)
     try:
@@ -328,7 +333,11 @@ def resume(party: Party, progress: Progress, note: Callable[[str], None]) -> Out
     """
     approval, house = party.approval, psi_job.House(party, "resumed_", spends=False)
     prepared = prepare(party)
-    found = read_checkpoint(party.output / ALIGNMENT, _job(party.agreement, prepared))
+    try:
+        found = read_checkpoint(party.output / ALIGNMENT, _job(party.agreement, prepared))
+    except LocalError:
+        changed = "our table, [prepare] or the agreement has changed since"
+        raise LocalError(f"{party.output}: {changed}; run without --resume") from None
     if found is None:
         raise LocalError(f"{party.output} holds no training that stopped; run without --resume")
     report = load_report(party.output / "psi_report.json")
@@ -346,6 +355,10 @@ def predict(
     party: Party, source: Source, share: Path, progress: Progress, note: Callable[[str], None]
 ) -> tuple[Outcome, Prepared]:
     """`colonnade predict`: align the rows of `source` with the others' new rows afresh, and score them."""
+    if not share.exists() and (party.output / "earlier").exists():
+        raise LocalError(
+            f"{share} does not exist; a run that was begun since has set it aside in {party.output}/earlier"
+        )
     model = load_share(share)
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")

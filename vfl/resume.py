@@ -92,6 +92,8 @@ class Checkpoints:
         session.broadcast(Kept(np.array(ours, "<u4")))
         common = set(ours).intersection(*(set(one.data.tolist()) for one in session.gather(Kept).values()))
         last = max(common, default=0)
+        if not ours:
+            raise Refused("nothing was trained before it stopped; run without --resume")
         if not last or last < max(ours, default=0) - 1:
             raise Refused(
                 "no state that all parties have: going on would show the label holder more embeddings of the same rows "

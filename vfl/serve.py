@@ -80,6 +80,8 @@ def serve(
     The label holder's session ends, for all, with its requests: at their end or, with --follow, at Ctrl-C or SIGTERM.
     """
     party = Party(path)
+    if party.agreement.is_horizontal:
+        raise LocalError("serve is for vertical jobs; a horizontal model is every party's own: load it in Python")
     if party.is_label_holder != (requests_file is not None and output_file is not None):
         remedy = "give --requests and --output" if party.is_label_holder else "leave --requests and --output out"
         raise LocalError(f"the label holder asks and has the scores: {remedy}")

@@ -90,6 +90,14 @@ def classes_of(place: str, column: str, words: NDArray[Any]) -> NDArray[Any]:
     return np.array([numbers[word] for word in words])
 
 
+def check_range(here: str, target: Any, agreed: float) -> None:
+    """Refuse numbers whose residuals will exceed the agreed range, before anything is sent. Raises LocalError."""
+    spread = float(np.abs(target - target.mean()).max())
+    if spread > agreed:
+        enough = 2 ** int(np.ceil(np.log2(2 * spread)))
+        raise LocalError(f"{here}: residuals will exceed {agreed:g}; agree on residual_range = {enough} in [model]")
+
+
 def scores(model: VerticalLinearModel | VerticalMLP, x: pd.DataFrame, session: Session) -> Matrix | Vector | None:
     """What a user of the model wants of each row, at the label holder: the probability of the positive class (n,), of
     each of several classes (n, classes), or the prediction (n,). None at a feature holder.

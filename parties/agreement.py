@@ -222,12 +222,17 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError(f"the coordinator {self.ring[0].name} needs an endpoint: every client connects to it")
         if len(self.clients) < 2:
             raise ValueError("a horizontal job has two clients or more; with coordinator_trains the coordinator is one")
-        plan.check(len(self.clients))
+        plan.check(len(self.clients), self.job.coordinator_trains)
         alike = len({type(one) for one in plan.classes}) == 1
         if plan.model == "logistic" and not (alike and list(plan.classes) == sorted({*plan.classes})):
             raise ValueError("classes of [horizontal] must list the values of the label, all numbers or text, sorted")
-        if self.deadlines.message <= 6 * plan.clients.deadline:
-            raise ValueError("message of [deadlines] must be more than six times deadline of [horizontal.clients]")
+        if self.deadlines.message <= plan.clients.longest:
+            raise ValueError(
+                f"message of [deadlines] must be more than {plan.clients.longest:g} seconds: so long is a round, by "
+                "deadline and attempts of [horizontal.clients]"
+            )
+        if self.deadlines.stall <= plan.clients.deadline:
+            raise ValueError("stall of [deadlines] must be more than deadline of [horizontal.clients]")
         for field in msgspec.structs.fields(self):
             if field.name not in _BOTH and getattr(self, field.name) != field.default:
                 raise ValueError(f"a horizontal job has no [{field.name}]; take it out, [horizontal] says it all")

@@ -106,7 +106,8 @@ class Roll(Message):
 
 @dataclass(frozen=True)
 class Opened:
-    """A session's id, the approvals of those who take part, and why the others do not (at the coordinator only)."""
+    """A session's id, the approvals of those who signed it, the same at all, and why others do not take part or do not
+    any more (at the coordinator only)."""
 
     id: bytes
     approvals: dict[str, bytes]
@@ -175,7 +176,7 @@ def _gather(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[s
     for name, error in missing.items():
         _LOG.warning("%s does not take part: %s", name, error)
         channels[name].abort(error.reason if isinstance(error, PeerAborted) else error.kind)
-    return Opened(session, {name: hellos[name].approval for name in signatures if name not in missing}, missing)
+    return Opened(session, {name: hellos[name].approval for name in signatures}, missing)  # the roll that all have
 
 
 def _from_each(
@@ -215,7 +216,7 @@ def _join(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[str
     except PeerLost as lost:
         raise PeerLost(f"{lost}; it may have begun without us", peer=coordinator) from None
     _check(agreement, ours.task, channels, {coordinator: hello})
-    patience = agreement.deadlines.connect + agreement.deadlines.stall  # it waits for the others
+    patience = agreement.deadlines.connect + 3 * agreement.deadlines.stall  # it waits for the others
     roster = channel.receive(Roster, patience).data
     with blame(coordinator):
         rows = _rows(agreement, roster)

@@ -37,6 +37,11 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     minimum_rows: Whole = 0
     minimum_classes: Whole = 0
 
+    @property
+    def longest(self) -> float:
+        """Seconds that a sum takes at the most: late clients, training, and every step of every attempt."""
+        return self.deadline * (2 + 6 * self.attempts)
+
     def asked(self, clients: int) -> int:
         """How many of so many clients are asked in a round."""
         return min(clients, max(self.minimum, math.ceil(self.fraction * clients)))
@@ -118,6 +123,16 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def private(self) -> bool:
         return self.privacy.level != "none"
 
+    def needed(self, asked: int) -> int:
+        """So many clients a sum has at least, where so many are asked; under masks three: each of two could subtract
+        its own part."""
+        return max(self.clients.needed(asked), 3 if self.secure else 1)
+
+    def threshold(self, asked: int, invited: int, own: bool) -> int:
+        """So many a secure sum has at least: a majority of the invited, else they could open two; above
+        (invited + 1) / 2 where the coordinator, which holds shares then and sees all messages, is one of them."""
+        return max(self.needed(asked), (invited + own) // 2 + 1)
+
     def _contradictions(self) -> list[tuple[object, str]]:
         exact, own, robust, noise = self.strategy == "exact", self.model == "own", self.robust, self.privacy.noise
         ruled = robust != "mean"
@@ -188,6 +203,10 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 'record level clips the gradient of each example: a linear family with strategy = "fedsgd"',
             ),
             (
+                self.clients.selection == "rows",
+                'selection = "rows" tells how many rows each client has, without noise; choose at random',
+            ),
+            (
                 not own and not self.privacy.rows,
                 "privacy needs privacy.rows, a public number of rows: the true one is told without noise",
             ),
@@ -197,8 +216,8 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             ),
         ]
 
-    def check(self, clients: int) -> None:
-        """Raises ValueError when so many clients cannot do it, with the reason."""
+    def check(self, clients: int, own: bool = False) -> None:
+        """Raises ValueError when so many clients cannot do it, with the reason. own: the coordinator is one of them."""
         asked = self.clients.asked(clients)
         needed = self.clients.needed(asked)
         if needed > asked:
@@ -210,7 +229,14 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 f"secure aggregation protects nothing with {asked} clients, each of two subtracts its own update; "
                 'it needs three, or agree on secure_aggregation = "none"'
             )
-        if 2 * needed <= asked:
-            raise ValueError(f"a quorum of {needed} is no majority of {asked} clients, which secure aggregation needs")
+        if 0 < self.clients.quorum < (least := self.threshold(asked, asked, own)):
+            raise ValueError(
+                f"a quorum of {needed} of {asked} clients; secure aggregation needs {least}: three, and a majority"
+            )
         if self.degree >= asked - 1 and self.degree:
             raise ValueError(f"a degree of {self.degree} needs more than {asked} clients; agree on less, or on 0")
+        if 0 < self.degree < 2 * math.log2(asked):
+            raise ValueError(
+                f"a degree of {self.degree} is small for {asked} clients, dropouts would split them; agree on "
+                f"{2 * math.ceil(math.log2(asked))} or more, or on 0"
+            )

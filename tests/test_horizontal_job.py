@@ -129,7 +129,7 @@ def summary(folder: Path, name: str) -> dict[str, Any]:
 
 def star(horizontal: dict[str, Any] | None = None, **tables: Any) -> Agreement:
     fields: dict[str, Any] = {
-        "horizontal": {"classes": ["no", "yes"], "clients": {"deadline": 5}} | (horizontal or {}),
+        "horizontal": {"classes": ["no", "yes"], "clients": {"deadline": 2}} | (horizontal or {}),
         "columns": {"features": list(FEATURES), "label": "ill"},
         "deadlines": {"connect": 5.0, "stall": 5.0, "message": 60.0},
     }
@@ -332,7 +332,7 @@ def test_check_and_sign_show_what_an_owner_approves(tmp_path: Path) -> None:
     assert code == 0 and "is not approved by us" in shown.replace("\n", "")
     code, shown, _ = colonnade("sign", paths["site0"])
     flat = " ".join(shown.replace("│", " ").split())
-    for part in ("age (years), dose, weight", "no, yes", "at most 9 rounds", "2 of 3 clients", "Secure aggregation on"):
+    for part in ("age (years), dose, weight", "no, yes", "at most 9 rounds", "3 of 3 clients", "Secure aggregation on"):
         assert part in flat
     assert Party(paths["site0"]).approval
     assert colonnade("sign", paths["lead"])[0] == 0  # it has no table, and needs none
@@ -477,6 +477,17 @@ def test_an_own_model_is_for_python(tmp_path: Path) -> None:
     paths = build(tmp_path, patients(3), horizontal='model = "own"\nstrategy = "fedavg"', sign=False)
     with pytest.raises(LocalError, match="from Python"):
         job.prepare(Party(paths["site0"]))
+
+
+def test_privacy_is_paid_from_one_file_beside_the_key_or_not_at_all(tmp_path: Path) -> None:
+    private = {"strategy": "fedavg", "rounds": 1, "privacy": {"level": "client", "rows": 90}}
+    results = outcomes(dict.fromkeys(NAMES, role(held(patients(3)))), star(private), IDENTITIES)
+    assert all(isinstance(results[name], LocalError) for name in NAMES[1:])
+    assert "the file that keeps what earlier jobs have cost" in str(results["mill"])
+    paths = build(tmp_path, patients(3), sign=False)
+    before = job.budget_path(Party(paths["site0"]))
+    paths["site0"].write_text(paths["site0"].read_text().replace("out/site0", "elsewhere"))
+    assert job.budget_path(Party(paths["site0"])) == before == tmp_path / "site0.privacy.json"
 
 
 # ---- the model's file

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from parties.horizontal import Clients, Horizontal, Privacy
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.memory import links
-from parties.message import CLASSES
+from parties.message import CLASSES, name_of, parse_header
+from vfl.horizontal import secure_aggregation
 from vfl.horizontal.client import Admitted, take_part
 from vfl.horizontal.coordinator import Star, coordinate
 from vfl.horizontal.federated import (
@@ -33,12 +34,13 @@ from vfl.horizontal.federated import (
     train,
 )
 from vfl.horizontal.local import Correction, Objective, Plan, Trained
+from vfl.horizontal.messages import KeyList, KeyOffer
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
-from vfl.horizontal.round_messages import Admission, Ready, Task, Turn
+from vfl.horizontal.round_messages import Admission, Ready, Scores, Task, Turn
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected
-from vfl.horizontal.settings import Schema
+from vfl.horizontal.settings import Job, Schema
 from vfl.horizontal.strategies import Part, Population, broadcast, client_round, server_round, strategy
 from vfl.horizontal.trainer import Data
 
@@ -75,7 +77,13 @@ class Table:
     client: Callable[[str], Mapping[str, Any]] = lambda name: {}
     outcomes: dict[str, Any] = field(default_factory=dict)
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
+    kinds: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
     session: bytes = bytes(range(32))
+
+    @property
+    def roll(self) -> dict[str, Any]:
+        """Of the clients that signed the session."""
+        return {name: PUBLIC[name] for name in (*self.parts, *(["hub"] if "own" in self.hub else []))}
 
     def run(self) -> Any:
         """What the coordinator ends with, also when that is an error; `outcomes` has the clients'."""
@@ -86,7 +94,7 @@ class Table:
         channels = {name: self._channel(mesh, "hub", name) for name in self.parts}
         result: Any
         try:
-            result = coordinate(channels, KEYS["hub"], PUBLIC, self.session, self.settings, **self.hub)
+            result = coordinate(channels, KEYS["hub"], self.roll, self.session, self.settings, **self.hub)
         except (ColonnadeError, InterruptedError) as error:
             result = error
         for name in self.parts:
@@ -98,6 +106,7 @@ class Table:
 
     def _count(self, sender: str, receiver: str, header: bytes, payload: bytes) -> tuple[bytes, bytes]:
         self.sent[sender, receiver] += 1
+        self.kinds[sender, receiver].append(name_of(parse_header(header).kind))
         return header, payload
 
     def _channel(self, mesh: Any, me: str, peer: str) -> Channel:
@@ -122,7 +131,7 @@ class Table:
         rows, model = (part, None) if isinstance(part, Data) else (None, part)
         try:
             self.outcomes[name] = take_part(
-                channel, KEYS[name], PUBLIC, self.session, self.settings, rows, model=model, **self.client(name)
+                channel, KEYS[name], self.roll, self.session, self.settings, rows, model=model, **self.client(name)
             )
         except (ColonnadeError, InterruptedError) as error:
             self.outcomes[name] = error
@@ -448,6 +457,15 @@ TWO = {"secure_aggregation": "none"}
         ({"strategy": "fedavg", "privacy": Privacy(level="record", rows=9), "classes": (0, 1)}, "each example"),
         ({"strategy": "fedavg", "privacy": Privacy(level="client"), "classes": (0, 1)}, "a public number of rows"),
         (
+            {
+                "strategy": "fedavg",
+                "privacy": Privacy(level="client", rows=9),
+                "classes": (0, 1),
+                "clients": Clients(selection="rows"),
+            },
+            "how many rows each client has",
+        ),
+        (
             {"strategy": "fedavg", "privacy": Privacy(level="client", rows=9), "classes": (0, 1), **TWO},
             "hide only the sum",
         ),
@@ -463,8 +481,10 @@ def test_settings_that_contradict_each_other_are_refused(given: dict[str, Any], 
     [
         (2, Horizontal(), "protects nothing with 2 clients"),
         (4, Horizontal(clients=Clients(quorum=5)), "a quorum of 5 where 4"),
-        (4, Horizontal(clients=Clients(quorum=2)), "no majority"),
-        (4, Horizontal(degree=4), "a degree of 4"),
+        (4, Horizontal(clients=Clients(quorum=2)), "a quorum of 2 of 4 clients; secure aggregation needs 3"),
+        (3, Horizontal(clients=Clients(quorum=2)), "a quorum of 2 of 3 clients; secure aggregation needs 3"),
+        (4, Horizontal(degree=4), "a degree of 4 needs more"),
+        (4, Horizontal(degree=2), "a degree of 2 is small for 4 clients"),
     ],
 )
 def test_too_few_clients_for_what_was_agreed(clients: int, settings: Horizontal, reason: str) -> None:
@@ -759,15 +779,15 @@ def test_federated_dropout_sends_fewer_columns() -> None:
 # ---- a coordinator that cheats
 
 
-def cheat(script: Callable[[Channel], None], settings: Horizontal) -> Any:
+def cheat(script: Callable[[Channel], None], settings: Horizontal, clients: int = 4) -> Any:
     """What a client ends with against a coordinator that follows a script of its own."""
-    table = Table(settings, {"c0": Toy()})
+    table = Table(settings, {name: Toy() for name in NAMES})
     mesh = links(["hub", "c0"])
     hub = table._channel(mesh, "hub", "c0")
     thread = threading.Thread(target=table._client, args=(mesh, "c0"), daemon=True)
     thread.start()
     schema = msgspec.json.decode(hub.receive(TableMessage).data.tobytes(), type=Schema)
-    hub.send(Admission(np.frombuffer(msgspec.json.encode(Admitted(schema, 4, 0)), np.uint8)))
+    hub.send(Admission(np.frombuffer(msgspec.json.encode(Admitted(schema, clients, 0)), np.uint8)))
     script(hub)
     thread.join()
     return table.outcomes["c0"]
@@ -777,8 +797,8 @@ def turn(number: int, names: list[str], attempt: int = 0) -> Turn:
     return Turn(number, attempt, np.frombuffer(msgspec.json.encode(names), np.uint8), "add", 2.0**24)
 
 
-def task(number: int, round_number: int) -> Task:
-    return Task(number, round_number, "train", 4, 40, np.zeros(3))
+def task(number: int, round_number: int, stage: str = "train") -> Task:
+    return Task(number, round_number, stage, 4, 40, np.zeros(0 if stage in ("rows", "means") else 3))
 
 
 def test_a_round_is_never_trained_twice_in_a_session() -> None:
@@ -813,3 +833,203 @@ def test_attempts_are_no_more_than_agreed() -> None:
         hub.send(turn(0, list(NAMES), attempt=3))
 
     assert "one attempt too many" in str(cheat(insists, own()))
+
+
+def let_go(hub: Channel, number: int, what: str = "kept") -> None:
+    hub.send(Turn(number, 0, np.empty(0, np.uint8), what, 1.0))
+
+
+def openly(**given: Any) -> Horizontal:
+    return own(secure_aggregation="none", **given)
+
+
+@pytest.mark.parametrize(("leave_one_out", "agreed"), [(False, 2), (True, 6)])
+def test_scores_are_no_more_than_agreed(leave_one_out: bool, agreed: int) -> None:
+    """Differences of the loss at weights of the coordinator's choice would give the gradient."""
+
+    def asks(hub: Channel) -> None:
+        for number in range(agreed):
+            hub.send(task(number, 0, "score"))
+            hub.receive(Scores)
+        hub.send(task(agreed, 0, "score"))
+
+    error = cheat(asks, openly(leave_one_out=leave_one_out))
+    assert isinstance(error, ProtocolViolation)
+    assert f"stage score, of which {agreed} are agreed" in str(error)
+
+
+@pytest.mark.parametrize("stage", ["score", "rows", "means", "scales"])
+def test_under_privacy_nothing_is_told_without_noise(stage: str) -> None:
+    settings = own(privacy=Privacy(level="client", noise="distributed"))
+    error = cheat(lambda hub: hub.send(task(0, 0, stage)), settings)
+    assert isinstance(error, ProtocolViolation)
+    assert f"stage {stage}, of which 0 are agreed" in str(error)
+
+
+def test_sums_before_training_come_once_and_rounds_are_no_more_than_agreed() -> None:
+    def again(hub: Channel) -> None:
+        hub.send(task(0, 0, "rows"))
+        hub.receive(Ready)
+        let_go(hub, 0)
+        hub.send(task(1, 0, "rows"))
+
+    assert "stage rows, of which 1 are agreed" in str(cheat(again, own()))
+    assert "stage rows in round 1" in str(cheat(lambda hub: hub.send(task(0, 1, "rows")), own()))
+    assert "stage train in round 2" in str(cheat(lambda hub: hub.send(task(0, 2)), own(rounds=2)))
+    assert "stage means, of which 0" in str(cheat(lambda hub: hub.send(task(0, 0, "means")), own()))
+
+
+def test_a_task_of_another_length_is_refused() -> None:
+    short = Task(0, 0, "train", 4, 40, np.zeros(2))
+    error = cheat(lambda hub: hub.send(short), own())
+    assert isinstance(error, ProtocolViolation)
+    assert "2 numbers where 3 are due" in str(error)
+
+
+def invite(hub: Channel, names: Sequence[str], attempt: int = 0, bound: float = 2.0**24) -> None:
+    hub.send(Turn(0, attempt, np.frombuffer(msgspec.json.encode(names), np.uint8), "add", bound))
+
+
+def begin(hub: Channel) -> None:
+    hub.send(task(0, 0))
+    hub.receive(Ready)
+
+
+def test_a_coordinator_that_admits_to_fewer_clients_makes_no_smaller_sum() -> None:
+    """Four signed the session; with three of them said to be all, two would have been a majority."""
+
+    def lies(hub: Channel) -> None:
+        begin(hub)
+        invite(hub, NAMES[:2])
+
+    assert isinstance(cheat(lies, own(), clients=3), Refused)
+    error = cheat(lambda hub: None, own(), clients=5)
+    assert isinstance(error, ProtocolViolation) and "more clients than have signed" in str(error)
+
+
+@pytest.mark.parametrize(("roll", "admitted", "least"), [(8, 3, 5), (8, 8, 5), (3, 3, 3), (4, 4, 3)])
+def test_how_many_a_sum_has_follows_from_who_signed_the_session(roll: int, admitted: int, least: int) -> None:
+    job = Job(Horizontal(), Schema(model="logistic", columns=("a",), classes=(0, 1)), admitted)
+    names = tuple(f"c{i}" for i in range(roll))
+    made = job.context(bytes(32), task(0, 0), 0, names, 1.0, roll, False)
+    assert made.threshold == least
+    with_its_own = job.context(bytes(32), task(0, 0), 0, names, 1.0, roll, True)
+    assert 2 * with_its_own.threshold > roll + 1  # against a coordinator that colludes with one of them: itself
+
+
+def test_a_coordinator_among_the_clients_needs_a_larger_quorum() -> None:
+    with pytest.raises(ValueError, match="a quorum of 3 of 5 clients; secure aggregation needs 4"):
+        Horizontal(clients=Clients(quorum=3)).check(5, own=True)
+    Horizontal(clients=Clients(quorum=3)).check(5)
+
+
+def test_with_three_clients_a_dropout_opens_no_sum_of_two() -> None:
+    table = Table(own(rounds=1, clients=Clients(deadline=0.5)), {n: Toy() for n in NAMES[:3]}, dies={"c2": 11})
+    error = table.run()
+    assert isinstance(error, PeerLost) and "3 are needed" in str(error)
+    assert not [kind for kind in table.kinds["c0", "hub"] if kind == "Unmasking"][1:]  # but for the sum of rows
+
+
+@pytest.mark.parametrize("attempts", [(0, 0), (1, 0), (1, 1)])
+def test_attempts_increase(attempts: tuple[int, int]) -> None:
+    """The same attempt with other clients or another bound would be another sum; the difference is an update."""
+
+    def repeats(hub: Channel) -> None:
+        begin(hub)
+        invite(hub, NAMES, attempts[0])
+        hub.receive(KeyOffer)
+        hub.send(KeyList(0, attempts[0], np.empty((0, 160), np.uint8)))  # left out: nothing was opened
+        invite(hub, NAMES[:3], attempts[1])
+
+    error = cheat(repeats, own())
+    assert isinstance(error, ProtocolViolation) and "a turn that it has given before" in str(error)
+
+
+def test_no_second_sum_of_a_round_is_opened() -> None:
+    """A coordinator that calls a sum failed and tries again without one client, to see the difference."""
+    plain = Star._add_masked
+
+    def greedy(star: Star, bound: float) -> Any:
+        first = plain(star, bound)
+        if star.task.stage == "train":
+            for name in NAMES[:3]:
+                star._turn(name, "add", 1, bound, NAMES[:3])
+            for name in NAMES[:3]:
+                with pytest.raises(PeerAborted):
+                    star.channels[name].receive(KeyOffer, 5.0)
+        return first
+
+    table = Table(own(rounds=1), {name: Toy() for name in NAMES})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Star, "_add_masked", greedy)
+        table.run()
+    for name in NAMES[:3]:
+        assert "a sum that may be open" in str(table.outcomes[name])
+
+
+def test_a_sum_spoilt_after_it_may_be_open_ends_the_run_instead_of_a_second_one(monkeypatch: Any) -> None:
+    def spoilt(*given: Any) -> Any:
+        raise PeerLost("too few shares")
+
+    monkeypatch.setattr(secure_aggregation, "open_sum", spoilt)
+    error = Table(own(), {name: Toy() for name in NAMES}).run()
+    assert isinstance(error, PeerLost) and "opens no second one of the round" in str(error)
+
+
+def test_clients_that_were_given_other_weights_have_no_sum() -> None:
+    """Pasquini, Francati and Ateniese (CCS 2022): one client's part shows when the others were asked something else."""
+    plain = Star._tell
+
+    def unequal(star: Star, names: Any, message: Task) -> list[str]:
+        if message.stage != "train":
+            return plain(star, names, message)
+        plain(star, ["c2"], replace(message, data=message.data + 1.0))
+        return [*plain(star, [name for name in names if name != "c2"], message), "c2"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Star, "_tell", unequal)
+        table = Table(own(rounds=1), {name: Toy() for name in NAMES})
+        outcome = table.run()
+    assert "c2" not in outcome.rounds[0].clients
+    assert "not signed by it" in outcome.rounds[0].missing["c2"]
+
+
+@pytest.mark.parametrize("bound", [2.0**25, 1.0, 2.0**41])
+def test_the_bound_is_one_of_those_agreed(bound: float) -> None:
+    def chooses(hub: Channel) -> None:
+        begin(hub)
+        invite(hub, NAMES, bound=bound)
+
+    assert "a bound that was not agreed" in str(cheat(chooses, own()))
+
+
+def test_who_is_gone_before_its_table_is_left_out() -> None:
+    outcome = Table(own(clients=Clients(deadline=1.0)), {name: Toy() for name in NAMES}, dies={"c3": 0}).run()
+    assert outcome.rounds[-1].clients == NAMES[:3] and outcome.gone == ("c3",)
+    table = Table(own(clients=Clients(deadline=1.0)), {name: Toy() for name in NAMES}, dies={"c3": 0, "c1": 0})
+    with pytest.raises(PeerLost, match=r"2 clients showed their tables, 3 are needed; missing: c1: .*; c3: "):
+        raise table.run()
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_restart_keeps_the_memory_of_clients_that_were_not_asked_last(after: int, tmp_path: Path) -> None:
+    x, y = cancer()
+    settings = family("scaffold", rounds=6, secure_aggregation="none", clients=Clients(fraction=0.5))
+    for who in ("hub", *NAMES):
+        (tmp_path / who).mkdir()
+
+    def killed(phase: str, done: int, total: int) -> None:
+        if done == after:
+            raise InterruptedError
+
+    stores = {"client": lambda who: {"folder": tmp_path / who}}
+    hub = {"folder": tmp_path / "hub"}
+    first = Table(settings, dealt(x, y), hub={**hub, "progress": killed}, **stores).run()
+    assert isinstance(first, InterruptedError)
+    again = Table(settings, dealt(x, y), hub=hub, session=bytes(32), **stores).run()
+    np.testing.assert_array_equal(again.weights, Table(settings, dealt(x, y)).run().weights)
+
+
+def test_each_clients_share_of_the_noise_hides_the_sum_from_every_other_client() -> None:
+    made = Job(private(), Schema(model="logistic", columns=("a",), classes=(0, 1)), 9).mechanism
+    assert made.contributors == 4  # five of nine are in the sum, and one of them looks

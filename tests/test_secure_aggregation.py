@@ -202,7 +202,7 @@ def test_clients_that_are_left_can_try_again():
     values, star, owed = inputs(), Star(), {}
     first = star.add_up(context(), values, owed, vanish={"c00": 2, "c01": 2})
     assert first.survivors == FIVE[2:] and set(owed) == {"c00", "c01"}
-    again = context(FIVE[2:], attempt=1, quantisation=context().quantisation)
+    again = context(FIVE[2:], attempt=1, threshold=3, quantisation=context().quantisation)
     for name in again.names:
         del star.clients[name].send
     assert star.add_up(again, values, owed).total.tolist() == first.total.tolist()
@@ -226,6 +226,50 @@ def test_a_neighbourhood_with_too_few_left_opens_nothing():
     near = [j for j in middle if j != 0]
     result = Star(NAMES).add_up(shared, inputs(NAMES), vanish={NAMES[j]: 4 for j in near})
     assert type(result) is PeerLost and "1 of the clients that hold c00's shares are left, 2 are needed" in str(result)
+
+
+SIX = NAMES[:6]
+
+
+def opposite(shared: Context) -> tuple[int, int]:
+    """Two clients without whom the ring falls apart into arcs of two, which share no masks."""
+    order = shared._ring[0]
+    return order[0], order[3]
+
+
+def test_survivors_that_masks_do_not_hold_together_open_nothing():
+    """On a ring of six with a degree of 2 the coordinator would read two sums of two, though four survive."""
+    shared = context(SIX, degree=2)
+    vanish = {SIX[j]: 2 for j in opposite(shared)}
+    star = Star(SIX)
+    result = star.add_up(shared, inputs(SIX), vanish=vanish)
+    assert type(result) is PeerLost
+    assert all(replies == [] for replies in star.replies(SIX).values())
+    assert all(star.outcomes[name] == Outcome(()) for name in SIX if name not in vanish)
+
+
+def test_a_client_refuses_survivors_that_masks_do_not_hold_together():
+    shared, star = context(SIX, degree=2), Star(SIX)
+    apart = opposite(shared)
+    with pytest.MonkeyPatch.context() as patch:
+        honest = Context.connected
+        here = threading.current_thread()
+        patch.setattr(Context, "connected", lambda *given: threading.current_thread() is here or honest(*given))
+        star.add_up(shared, inputs(SIX), vanish={SIX[j]: 2 for j in apart}, seconds=3.0)
+    for j, name in enumerate(SIX):
+        assert j in apart or "do not hold them together" in str(star.outcomes[name])
+
+
+@given(st.sets(st.integers(0, 11), min_size=1), st.sampled_from([2, 4, 6]))
+def test_connected_is_one_component_of_the_graph(survivors, degree):
+    shared = context(NAMES, degree=degree)
+    reached, ahead = set(), [min(survivors)]
+    while ahead:
+        client = ahead.pop()
+        if client not in reached:
+            reached.add(client)
+            ahead += [other for other in shared.neighbourhood(client) if other in survivors]
+    assert shared.connected(survivors) == (reached == survivors)
 
 
 # Late clients
@@ -578,6 +622,14 @@ def test_a_wrong_share_is_passed_over_while_there_are_more_than_needed():
     assert result.total.tolist() == plain_sum(inputs(), result.survivors, context().quantisation)
 
 
+def test_a_share_out_of_range_is_passed_over_and_never_blamed_on_its_owner():
+    """c01 returns numbers above the prime for everybody's secrets."""
+    _, result = attempt(tamper=damage("c01", Unmasking, lambda data: data * 0 + 255))
+    assert result.total.tolist() == plain_sum(inputs(), FIVE, context().quantisation)
+    _, result = attempt(tamper=damage("c01", Unmasking, lambda data: data * 0 + 255), vanish={"c02": 4, "c03": 4})
+    assert type(result) is PeerLost and "2 of the clients that hold c00's shares are left" in str(result)
+
+
 def test_a_wrong_share_among_as_many_as_needed_is_noticed():
     _, result = attempt(tamper=damage("c01", Unmasking, lambda data: data ^ 1), vanish={"c02": 4, "c03": 2})
     assert isinstance(result, ProtocolViolation) and "committed" in str(result)
@@ -710,8 +762,10 @@ def test_a_bound_is_a_positive_number(bound):
     ("names", "changes", "what"),
     [
         (NAMES[:2], {"threshold": 2}, "needs 3 clients, not 2"),
-        (FIVE, {"threshold": 2}, "no majority"),
-        (NAMES[:4], {"threshold": 2}, "no majority"),
+        (NAMES[:3], {"threshold": 2}, "each of two subtracts its own part"),
+        (FIVE, {"threshold": 2}, "each of two subtracts its own part"),
+        (NAMES[:6], {"threshold": 3}, "no majority"),
+        (NAMES[:7], {"threshold": 3}, "no majority"),
         (FIVE, {"threshold": 6}, "no majority"),
         (FIVE, {"degree": 3}, "no degree"),
         (FIVE, {"degree": 4}, "no degree"),
@@ -724,7 +778,9 @@ def test_agreements_that_protect_nothing_are_refused(names, changes, what):
         context(names, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"session": b""}, {"round": -1}, {"attempt": 2**31}, {"names": ("a", "b", "a")}])
+@pytest.mark.parametrize(
+    "changes", [{"session": b""}, {"round": -1}, {"attempt": 2**31}, {"names": ("a", "b", "a")}, {"subject": b""}]
+)
 def test_contexts_that_cannot_be_are_refused(changes):
     with pytest.raises(ValueError):
         context(**changes)
@@ -742,6 +798,7 @@ def test_everything_agreed_is_in_the_digest():
         {"quantisation": Quantisation(4.0, 40)},
         {"quantisation": Quantisation(8.0, 40)},
         {"names": NAMES[::-1]},
+        {"subject": bytes(31) + b"x"},
     ]
     assert len({replace(context(NAMES), **change).digest for change in changes}) == len(changes)
 

@@ -22,7 +22,7 @@ from tests.conftest import IDENTITIES, NAMES, Stream, changed
 from tests.world import free_ports
 
 HORIZONTAL: dict[str, Any] = {
-    "horizontal": {"classes": [0, 1], "clients": {"deadline": 1}},
+    "horizontal": {"classes": [0, 1], "clients": {"deadline": 0.4}},
     "columns": {"features": ["a", "b"], "label": "y"},
     "expires": "2999-12-31",
     "deadlines": {"connect": 1.0, "stall": 2.0, "message": 10.0},
@@ -64,7 +64,7 @@ def test_clients_need_no_endpoint_and_talk_to_the_coordinator_alone() -> None:
 def test_the_coordinator_stands_first_wherever_it_is_written() -> None:
     plain = msgspec.to_builtins(
         star(
-            horizontal={"classes": [0, 1], "clients": {"deadline": 1}},
+            horizontal={"classes": [0, 1], "clients": {"deadline": 0.4}},
             job={"mode": "horizontal", "coordinator_trains": True},
         )
     )
@@ -81,7 +81,10 @@ def test_what_does_not_go_together_is_refused_with_the_reason() -> None:
     assert "[horizontal] and [columns]" in refusal(columns=None)
     assert "comes twice" in refusal(columns={"features": ["a", "y"], "label": "y"})
     assert "neither feature nor label" in refusal(columns={"features": ["a"], "label": "y", "units": {"c": "mm"}})
-    assert "six times" in refusal(deadlines={"message": 6.0})
+    assert "more than 8 seconds" in refusal(deadlines={"message": 8.0})
+    assert "stall of" in refusal(deadlines={"message": 9.0, "stall": 0.4})
+    few = HORIZONTAL["horizontal"] | {"clients": {"deadline": 0.4, "quorum": 2}}
+    assert "secure aggregation needs 3" in refusal(horizontal=few)
     assert "is the label holder" in refusal(job={"mode": "vertical"})  # clients are none of its parties
     two = {name: IDENTITIES[name] for name in NAMES[:2]}
     with pytest.raises(msgspec.ValidationError, match="two clients or more"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from parties.channel import Channel
@@ -14,12 +18,13 @@ from parties.errors import ColonnadeError, LocalError, PeerAborted, Refused, bla
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity
 from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
-from vfl.horizontal.context import Context, Quantisation
+from vfl.horizontal.context import Context
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Client, Outcome, Round
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.round_messages import (
     DECLINED,
+    LEVELS,
     OVER_BUDGET,
     Admission,
     Packed,
@@ -35,17 +40,18 @@ from vfl.horizontal.settings import Job, Schema, Spending
 from vfl.horizontal.trainer import Data, Trainer, describe
 
 NAME = "client.checkpoint"
+BEFORE = ("rows", "means", "scales")  # sums before training, in round 0
 
 
 class Admitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a client is told when it is admitted: what all tables look like, its place among so many clients, the round
-    that comes next, and whether the one before has its message."""
+    that comes next, and the last one that has its message (-1: none)."""
 
     schema: Schema
-    clients: int
-    place: int
-    round: int = 0
-    counted: bool = False
+    clients: Annotated[int, Meta(ge=1)]
+    place: Annotated[int, Meta(ge=0)]
+    round: Annotated[int, Meta(ge=0)] = 0
+    counted: Annotated[int, Meta(ge=-1)] = -1
 
 
 def take_part(
@@ -65,6 +71,7 @@ def take_part(
 ) -> Outcome:
     """Train with all others, through the coordinator at the other end of `channel`.
 
+    identities: of the clients that signed the session; how many clients a sum has at least follows from their number.
     data: our rows; model: our own model, where the agreement says so, which has the weights in the end. folder: for
     the checkpoint. budget: charged for the noise that we add.
 
@@ -73,8 +80,9 @@ def take_part(
         privacy), when we are ready, and the largest of our numbers up to a power of 2^8, above 2^24. Of our update
         with secure aggregation what the sum tells, without it the update itself. Our number of rows only as part of a
         sum, unless clients are chosen by their rows.
-        A coordinator that deviates, and opens a sum that it calls failed, learns our update by difference from another
-        attempt without us; of attempts and of repeated rounds we allow no more than was agreed.
+        A coordinator that deviates chooses the weights that all clients of a sum are asked about, and within the bounds
+        of the quorum who they are: of consecutive rounds at the same weights it learns our part by difference. Of each
+        round we open one sum; of rounds, scores and the sums before training we answer no more than was agreed.
         To the other clients: that we take part, and what the weights of a round tell of the sum.
     Raises:
         Refused: our table is not what all others have; the text has the difference.
@@ -87,6 +95,8 @@ def take_part(
         raise Refused(f"our table has fewer {ours.short} than the agreed minimum; agree on less, or stay out")
     with blame(channel.peer):
         admitted = _admitted(channel.receive(Admission))
+        if admitted.clients > len(identities) or admitted.place >= admitted.clients:
+            raise ValueError("more clients than have signed the session, or no place among them")
         if difference := admitted.schema.difference(ours):
             raise Refused(f"we have {difference}; align the table with the others'", peer=channel.peer)
     trainer = Trainer(Job(settings, admitted.schema, admitted.clients), admitted.place, data, model)
@@ -94,10 +104,13 @@ def take_part(
     path = folder / NAME if folder is not None and settings.checkpoint else None
     if path is not None:
         end.restore(path, admitted)
+    patience = None  # of its channel; who is not asked waits for others' rounds
+    if trainer.job.asked < trainer.job.clients:
+        patience = settings.clients.longest * (settings.rounds + 1)
     scores: list[Score] = []
     rounds: list[Round] = []
     try:
-        while (task := channel.receive(Task)).stage != "finish":
+        while (task := end.next_task(patience)).stage != "finish":
             tick()
             if task.stage == "score":
                 scores.append(trainer.score(task))
@@ -133,17 +146,31 @@ class _End:
         self.channel, self.me, self.identities, self.session = channel, me, identities, session
         self.trainer, self.spending = trainer, spending
         self.used: set[bytes] = set()
-        self.last: dict[str, tuple[int, int]] = {}  # of each stage: the newest number and round
+        self.number = self.round = -1  # the newest task's, the newest training's
+        self.given: Counter[str] = Counter()  # tasks by stage
         self.declined: ColonnadeError | None = None
+
+    def next_task(self, patience: float | None) -> Task:
+        """Raises ProtocolViolation: a task that was not agreed, or once more."""
+        task, job = self.channel.receive(Task, patience), self.trainer.job
+        self.given[task.stage] += 1
+        with blame(self.channel.peer):
+            if task.number <= self.number or (task.stage == "train" and task.round <= self.round):
+                raise ValueError("a task that it has given before")
+            if self.given[task.stage] > job.often(task.stage):
+                raise ValueError(f"a task of stage {task.stage}, of which {job.often(task.stage)} are agreed")
+            if task.round >= job.settings.rounds if task.stage == "train" else task.stage in BEFORE and task.round:
+                raise ValueError(f"a task of stage {task.stage} in round {task.round}")
+            if len(task.data) != (due := job.told(task.stage, task.round)):
+                raise ValueError(f"a task with {len(task.data)} numbers where {due} are due")
+        self.number = task.number
+        if task.stage == "train":
+            self.round = task.round
+        return task
 
     def answer(self, task: Task, path: Path | None) -> bool:
         """One sum; whether it has our numbers."""
         job, level = self.trainer.job, DECLINED
-        with blame(self.channel.peer):
-            number, newest = self.last.get(task.stage, (-1, -1))
-            if task.number <= number or task.round <= newest:  # the sums before training, too, come once
-                raise ValueError("a task that it has given before")
-        self.last[task.stage] = task.number, task.round
         noisy = job.settings.private and job.settings.privacy.noise != "central" and task.stage == "train"
         message = np.empty(0)
         try:
@@ -156,12 +183,15 @@ class _End:
         if path is not None and task.stage == "train":
             self.save(path, task.round)
         self.channel.send(Ready(task.number, 0, np.array([level], np.uint8)))
-        first = True
+        opened, last = False, -1
         while (turn := self._turn(task)).what == "add":
-            if noisy and not first:
+            with blame(self.channel.peer):
+                if opened or turn.attempt <= last:  # two sums of a round would tell their difference
+                    raise ValueError("a turn that it has given before, or one after a sum that may be open")
+            if noisy and last >= 0:
                 self.spending.charge(task.round)
-            first = False
-            self._send(task, turn, job.noised(message) if noisy else message)
+            last = turn.attempt
+            opened = self._send(task, turn, job.noised(message) if noisy else message)
         if turn.what == "kept":
             self.trainer.keep()
         return turn.what == "kept"
@@ -171,29 +201,31 @@ class _End:
         with blame(self.channel.peer):
             if turn.round != task.number or turn.attempt >= self.trainer.job.settings.clients.attempts:
                 raise ValueError("a turn of another sum, or one attempt too many")
+            bounds = (self.trainer.job.noise_bound,) if self.trainer.job.settings.private else LEVELS
+            if turn.what == "add" and not any(math.isclose(turn.bound, bound, rel_tol=1e-6) for bound in bounds):
+                raise ValueError("a bound that was not agreed")
         return turn
 
-    def _send(self, task: Task, turn: Turn, message: NDArray[np.float64]) -> None:
+    def _send(self, task: Task, turn: Turn, message: NDArray[np.float64]) -> bool:
+        """Whether the coordinator may have opened the sum."""
         settings = self.trainer.job.settings
         if settings.secure:
-            contribute(self.channel, self.me, self.identities, self._context(task, turn), message, self.used)
-        elif settings.compression and task.stage == "train" and self.trainer.packed is not None:
+            context = self._context(task, turn)
+            return bool(contribute(self.channel, self.me, self.identities, context, message, self.used).survivors)
+        if settings.compression and task.stage == "train" and self.trainer.packed is not None:
             self.channel.send(Packed(task.number, turn.attempt, self.trainer.packed))
         else:
             self.channel.send(Update(task.number, turn.attempt, message))
+        return True
 
     def _context(self, task: Task, turn: Turn) -> Context:
         """What we agree to: the coordinator says who adds up; how many it takes at least, we know."""
-        job = self.trainer.job
         with blame(self.channel.peer):
             names = _names(turn)
             if any(name not in self.identities for name in names):
                 raise ValueError("a sum with clients that the agreement does not have")
-            asked = job.asked if task.stage == "train" else job.clients
-            needed = max(job.settings.clients.needed(asked), len(names) // 2 + 1)
-            degree = job.settings.degree if job.settings.degree < len(names) - 1 else 0
-            quantisation = Quantisation.finest(turn.bound, len(names))
-            return Context(self.session, task.number, turn.attempt, names, needed, quantisation, degree or None)
+            signed, own = len(self.identities), self.channel.peer in names
+            return self.trainer.job.context(self.session, task, turn.attempt, names, turn.bound, signed, own)
 
     # ---- checkpoints
 
@@ -205,14 +237,17 @@ class _End:
 
     def restore(self, path: Path, admitted: Admitted) -> None:
         """Go on where the coordinator does. Raises LocalError when our file does not go with that."""
-        found = read_checkpoint(path, self.trainer.job.digest) if admitted.round else None
-        if admitted.round and found is None and self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
-            raise LocalError(
-                f"training goes on from round {admitted.round} and {path} is missing; restore it, or all begin anew"
-            )
-        if found is None:
+        if admitted.counted < 0:  # no sum has anything of ours: what lies there is of an earlier run
             return
-        which = "pending." if admitted.counted and found.facts["round"] == admitted.round - 1 else "state."
+        found = read_checkpoint(path, self.trainer.job.digest)
+        if found is None or found.facts["round"] < admitted.counted:
+            if self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
+                raise LocalError(
+                    f"training goes on from round {admitted.round} and {path} is missing, or older than round "
+                    f"{admitted.counted}; restore it, or all begin anew"
+                )
+            return
+        which = "pending." if found.facts["round"] == admitted.counted else "state."
         self.trainer.state = {
             name.removeprefix(which): values for name, values in found.arrays.items() if name.startswith(which)
         }

@@ -66,7 +66,8 @@ def _agreed(agreement: Agreement, name: str) -> Table:
     listed = f": {', '.join(map(str, plan.classes))}" if plan.classes else ""
     table.add_row("label", columns.label + listed)
     table.add_row("model", f"{plan.model}, {plan.strategy}, at most {plan.rounds} rounds")
-    table.add_row("quorum", f"{agreement.quorum} of {len(agreement.clients)} clients")
+    clients = len(agreement.clients)
+    table.add_row("quorum", f"{plan.needed(plan.clients.asked(clients))} of {clients} clients")
     for row in protection(plan):
         table.add_row(*row)
     return table

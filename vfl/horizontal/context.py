@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,14 +59,16 @@ class Quantisation:
 class Context:
     """One attempt at one secure sum, the same at all who take part.
 
-    names: the clients in agreed order; threshold: the least number of clients in a sum that is opened.
+    names: the clients in agreed order; threshold: the least number of clients in a sum that is opened; subject: what
+    the values answer, 32 bytes: clients that were asked different things have no sum.
     degree: None for the complete graph, in which every client shares with every other (Bonawitz et al. 2017); else an
     even k: every client shares and masks with k others only (Bell et al. 2020), the k/2 on either side of it on a ring,
-    in an order that follows from the whole context. Take several times log2 of the number of clients: a client is
-    exposed when more than k/2 of its neighbours collude, and the attempt fails when as many drop out.
+    in an order that follows from the whole context, of which a coordinator can try many. Take several times log2 of the
+    number of clients: a client is exposed when more than k/2 of its neighbours collude, and the attempt fails when as
+    many drop out.
 
     Raises:
-        Refused: fewer than three clients, a threshold that is no majority, a degree that is odd or too large, a
+        Refused: fewer than three clients, a threshold below three or no majority, a degree that is odd or too large, a
         quantisation in which the sum could wrap around.
         ValueError: no session id, round or attempt, or a name twice.
     """
@@ -77,17 +80,24 @@ class Context:
     threshold: int
     quantisation: Quantisation
     degree: int | None = None
+    subject: bytes = bytes(32)
 
     def __post_init__(self) -> None:
         n = len(self.names)
-        if len(self.session) != 32 or not (0 <= self.round < 2**31 and 0 <= self.attempt < 2**31):
-            raise ValueError("a context has a session id of 32 bytes, a round and an attempt")
+        if (
+            len(self.session) != 32
+            or len(self.subject) != 32
+            or not (0 <= self.round < 2**31 and 0 <= self.attempt < 2**31)
+        ):
+            raise ValueError("a context has a session id and a subject of 32 bytes, a round and an attempt")
         if len(set(self.names)) < n:
             raise ValueError("a client is named twice")
         if n < 3:
             raise Refused(
                 f"secure aggregation needs 3 clients, not {n}: each of two subtracts its own part; turn it off"
             )
+        if self.threshold < 3:
+            raise Refused(f"a threshold of {self.threshold}: each of two subtracts its own part; agree on 3 or more")
         if not n < 2 * self.threshold <= 2 * n:
             raise Refused(
                 f"a threshold of {self.threshold} is no majority of {n} clients; agree on more than half of them"
@@ -100,7 +110,15 @@ class Context:
     @cached_property
     def digest(self) -> bytes:
         q = self.quantisation
-        fields = [self.session.hex(), self.round, self.attempt, self.names, self.threshold, self.degree]
+        fields = [
+            self.session.hex(),
+            self.round,
+            self.attempt,
+            self.names,
+            self.threshold,
+            self.degree,
+            self.subject.hex(),
+        ]
         return hashlib.sha256(
             b"colonnade/aggregation/1" + msgspec.json.encode([*fields, q.bound, q.fraction_bits])
         ).digest()
@@ -119,9 +137,18 @@ class Context:
         reach = range(-(self.degree // 2), self.degree // 2 + 1)
         return tuple(sorted(order[(place[client] + step) % n] for step in reach))
 
+    def connected(self, survivors: Iterable[int]) -> bool:
+        """Whether masks hold them all together: two arcs of the ring, out of each other's reach, have a sum each."""
+        if self.degree is None:
+            return True
+        place = self._ring[1]
+        at = sorted(place[client] for client in survivors)
+        gaps = [(after - before) % len(self.names) for before, after in zip(at, at[1:] + at[:1], strict=True)]
+        return sum(gap > self.degree // 2 for gap in gaps) <= 1
+
     @cached_property
     def _ring(self) -> tuple[list[int], list[int]]:
-        """The clients in an order that nobody chose, and where each stands in it."""
+        """The clients in the order of a hash, and where each stands in it."""
         order = sorted(
             range(len(self.names)), key=lambda i: hashlib.sha256(self.digest + i.to_bytes(4, "little")).digest()
         )

@@ -24,7 +24,6 @@ from parties.memory import links
 from parties.message import CLASSES
 from vfl.horizontal.client import Admitted, take_part
 from vfl.horizontal.compression import compressor
-from vfl.horizontal.context import Context, Quantisation
 from vfl.horizontal.messages import Step
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Outcome
@@ -92,20 +91,17 @@ def coordinate(
                 me.name: stack.enter_context(_client_within(me, identities, session_id, settings, ours)),
                 **channels,
             }
-        names = tuple(channels)
-        checked(settings, len(names))
-        tables = {}
-        for name, channel in channels.items():
-            with blame(name):
-                tables[name] = _parse(channel.receive(Table).data)
+        checked(settings, len(channels), me.name in channels)
+        tables, gone = _tables(me, channels, settings, len(identities))
+        names, channels = tuple(tables), {name: channels[name] for name in tables}
         job = Job(settings, reference(settings, tables), len(names))
-        star = Star(job, channels, identities, session_id, tick)
+        star = Star(job, channels, identities, session_id, me.name, tick, gone=gone)
         leader = Leader(job, names, star, Server(job, start))
         if folder is not None and settings.checkpoint:
             restore(folder, leader)
-        counted = leader.history[-1].clients if leader.history else ()
         for place, (name, channel) in enumerate(channels.items()):
-            admitted = Admitted(job.schema, len(names), place, leader.server.round, name in counted)
+            counted = max((one.number for one in leader.history if name in one.clients), default=-1)
+            admitted = Admitted(job.schema, len(names), place, leader.server.round, counted)
             channel.send(Admission(np.frombuffer(msgspec.json.encode(admitted), np.uint8)))
         refuse_differences(tables, job.schema)
         outcome = lead(
@@ -116,6 +112,30 @@ def coordinate(
             folder=folder if settings.checkpoint else None,
         )
     return replace(outcome, gone=tuple(star.gone))
+
+
+def _tables(
+    me: Identity, channels: Mapping[str, Channel], settings: Horizontal, roll: int
+) -> tuple[dict[str, Schema], dict[str, str]]:
+    """What the clients' tables look like that come within one deadline, and why the others' did not.
+
+    Raises PeerLost: too few came; the text has all reasons. What our own client raises.
+    """
+    tables, gone = {}, {}
+    until = time.monotonic() + settings.clients.deadline
+    for name, channel in channels.items():
+        try:
+            with blame(name):
+                tables[name] = _parse(channel.receive(Table, max(0.0, until - time.monotonic())).data)
+        except (PeerLost, PeerAborted, ProtocolViolation) as error:
+            if name == me.name:
+                raise
+            gone[name] = str(error)
+            channel.abort(error.reason if isinstance(error, PeerAborted) else error.kind)
+    if len(tables) < (needed := settings.needed(settings.clients.asked(roll))):
+        missing = "; ".join(f"{name}: {reason}" for name, reason in gone.items())
+        raise PeerLost(f"{len(tables)} clients showed their tables, {needed} are needed; missing: {missing}")
+    return tables, gone
 
 
 @contextmanager
@@ -131,7 +151,7 @@ def _client_within(
     ledger = Ledger(me, None, frozenset(CLASSES))  # of what never leaves this process
     key = me.public.key_id
     outer = Channel(ends[me.name][""], peer=me.name, our_id=key, peer_id=key, ledger=ledger)
-    inner = Channel(ends[""][me.name], peer="the coordinator", our_id=key, peer_id=key, ledger=ledger)
+    inner = Channel(ends[""][me.name], peer=me.name, our_id=key, peer_id=key, ledger=ledger)
     outer.session = inner.session = session_id
     failed: list[Exception] = []
 
@@ -163,6 +183,7 @@ class Star:
     channels: Mapping[str, Channel]
     identities: Mapping[str, PublicIdentity]
     session: bytes
+    me: str
     tick: Callable[[], None] = lambda: None
     owed: Owed = field(default_factory=dict)
     gone: dict[str, str] = field(default_factory=dict)
@@ -174,7 +195,7 @@ class Star:
     def collect(self, task: Task, names: Sequence[str]) -> Collected:
         """One sum. Raises PeerLost below the quorum, LocalError where the numbers of all who answer diverge."""
         settings = self.job.settings
-        self.task, self.missing, self.needed = task, {}, settings.clients.needed(len(names))
+        self.task, self.missing, self.needed = task, {}, self.job.needed(task.stage, len(self.identities))
         self._settle(names)
         began, codes, seconds = time.monotonic(), {}, {}
         for name, ready in self._gather(self._tell(names, task), Ready):
@@ -248,28 +269,25 @@ class Star:
     def _add_masked(self, bound: float) -> tuple[NDArray[np.float64], tuple[str, ...], int]:
         """The sum, over whom, and at which attempt."""
         clients, length = self.job.settings.clients, self.job.length(self.task.stage, self.task.round)
+        shown: set[bytes] = set()
         for attempt in range(clients.attempts):
             roll = [name for name in self.waiting if name not in self.owed and name not in self.gone]
             self._enough(roll)
-            threshold = max(self.needed, len(roll) // 2 + 1)
-            degree = self.job.settings.degree if self.job.settings.degree < len(roll) - 1 else 0
-            context = Context(
-                self.session,
-                self.task.number,
-                attempt,
-                tuple(roll),
-                threshold,
-                Quantisation.finest(bound, len(roll)),
-                degree or None,
-            )
+            signed, own = len(self.identities), self.me in roll
+            context = self.job.context(self.session, self.task, attempt, tuple(roll), bound, signed, own)
             for name in roll:
                 self._turn(name, "add", attempt, bound, roll)
             try:
-                done = aggregate(self.channels, self.identities, context, length, self.owed, clients.deadline)
+                done = aggregate(self.channels, self.identities, context, length, self.owed, clients.deadline, shown)
             except (PeerLost, ProtocolViolation) as error:
                 self.missing |= {error.peer: str(error)} if error.peer else {}
                 if isinstance(error, ProtocolViolation) and error.peer:
                     self._leave(error.peer, error)
+                if context.digest in shown:
+                    raise PeerLost(
+                        f"round {self.task.round}: {error}; who has opened this sum opens no second one of the round: "
+                        "run again with --resume"
+                    ) from None
                 last = error
                 self._settle(roll)
                 continue
@@ -339,7 +357,7 @@ class Star:
             self.channels[name].abort(error.kind)
 
     def _enough(self, left: Sequence[str]) -> None:
-        if len(left) >= self.needed and (len(left) >= 3 or not self.job.settings.secure):
+        if len(left) >= self.needed:
             return
         for name in self.waiting:
             self._turn(name, "left out")

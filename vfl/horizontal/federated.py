@@ -47,6 +47,7 @@ def train(
     session, mesh = secrets.token_bytes(32), links([HUB, *clients])
     identities = {name: Identity.generate(name) for name in (HUB, *clients)}
     public = {name: identity.public for name, identity in identities.items()}
+    roll = {name: public[name] for name in clients}
     failed: list[Exception] = []
 
     def channel(me: str, peer: str) -> Channel:
@@ -60,7 +61,7 @@ def train(
         hub = channel(name, HUB)
         try:
             rows, model = _rows_and_model(clients[name], settings)
-            take_part(hub, identities[name], public, session, settings, rows, model=model)
+            take_part(hub, identities[name], roll, session, settings, rows, model=model)
         except Exception as error:  # a thread's exception belongs to its caller, whatever it is
             failed.append(error)
             hub.abort(error.kind if isinstance(error, ColonnadeError) and error.kind != "aborted" else "error")
@@ -72,7 +73,7 @@ def train(
         thread.start()
     channels = {name: channel(HUB, name) for name in clients}
     try:
-        return coordinate(channels, identities[HUB], public, session, settings, start=start, progress=progress)
+        return coordinate(channels, identities[HUB], roll, session, settings, start=start, progress=progress)
     except (PeerAborted, PeerLost) as error:
         raise next((own for own in failed if not isinstance(own, (PeerAborted, PeerLost))), error) from None
     finally:

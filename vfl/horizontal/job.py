@@ -93,18 +93,24 @@ def _classes(source: str, column: str, texts: NDArray[Any], classes: tuple[int |
     return np.asarray(classes)[places]
 
 
-def train(session: Session, data: Data | None, folder: Path | None = None) -> Outcome:
-    """The job in an open session, the same function at every party. `folder` keeps checkpoints and what privacy cost.
+def train(
+    session: Session, data: Data | None, folder: Path | None = None, budget: PrivacyBudget | None = None
+) -> Outcome:
+    """The job in an open session, the same function at every party. `folder` keeps checkpoints, `budget` what privacy
+    has cost.
 
     Reveals:
         To every party: what `coordinate` and `take_part` reveal; no more.
+    Raises:
+        LocalError: our noise is to pay for privacy, and nobody counts it. What both roles raise.
     """
     agreement = session.agreement
     plan, _ = agreed(agreement)
     identities = {name: agreement.party(name).identity for name in agreement.clients if name in session.approvals}
-    budget = None
-    if folder is not None and plan.privacy.level != "none":
-        budget = PrivacyBudget(folder / "privacy_budget.json", session.me)
+    coordinator = agreement.ring[0].name
+    noisy = session.name == coordinator if plan.privacy.noise == "central" else data is not None
+    if plan.private and noisy and budget is None:
+        raise LocalError("privacy needs the file that keeps what earlier jobs have cost; give its PrivacyBudget")
     common: dict[str, Any] = {
         "tick": session.tick,
         "progress": session.progress,
@@ -112,7 +118,6 @@ def train(session: Session, data: Data | None, folder: Path | None = None) -> Ou
         "budget": budget,
         "purpose": agreement.purpose,
     }
-    coordinator = agreement.ring[0].name
     with session.phase("train"):
         if session.name != coordinator:
             return take_part(session.channels[coordinator], session.me, identities, session.id, plan, data, **common)
@@ -148,8 +153,13 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
     ) as session:
         set_aside(folder, LEFT)
         unopened.replace(folder / "ledger.jsonl")
-        outcome = train(session, data, folder)
+        outcome = train(session, data, folder, PrivacyBudget(budget_path(party), party.identity))
     return _finished(session, outcome, data)
+
+
+def budget_path(party: Party) -> Path:
+    """Of what privacy has cost: beside the key, one for all jobs of that key, whatever their output folders."""
+    return (party.path.parent / Path(party.file.key).expanduser()).with_suffix(".privacy.json")
 
 
 def _finished(session: Session, outcome: Outcome, data: Data | None) -> Finished:

@@ -250,7 +250,11 @@ def _seed(
             return _commitment(context, owner, seed) == offer.commitment
         return mask_key(seed).public_key().public_bytes_raw() == offer.mask
 
-    holders = [j for j in context.neighbourhood(owner) if j in replies]
+    holders = [
+        j
+        for j in context.neighbourhood(owner)
+        if j in replies and int.from_bytes(replies[j].get(owner, b""), "big") < PRIME  # no share of anybody's dealing
+    ]
     if len(holders) < context.quorum:
         name = context.names[owner]
         text = (

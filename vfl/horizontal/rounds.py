@@ -60,10 +60,10 @@ class Crowd(Protocol):
         """Hand out the model."""
 
 
-def checked(settings: Horizontal, clients: int) -> None:
-    """Raises Refused when so many clients cannot do it."""
+def checked(settings: Horizontal, clients: int, own: bool = False) -> None:
+    """Raises Refused when so many clients cannot do it. own: the coordinator is one of them."""
     try:
-        settings.check(clients)
+        settings.check(clients, own)
     except ValueError as error:
         raise Refused(str(error)) from None
 

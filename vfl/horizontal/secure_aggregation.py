@@ -203,6 +203,8 @@ def _check_flags(context: Context, us: int, flags: Array, held: Mapping[int, obj
     if len(flags) != len(context.names):
         raise ValueError("survivors of another number of clients")
     survivors = [int(j) for j in np.flatnonzero(flags)]
+    if not context.connected(survivors):
+        raise ValueError("survivors whose masks do not hold them together")
     if us not in survivors or len(survivors) < context.threshold:
         raise ValueError(f"{len(survivors)} survivors: too few, or we are not among them")
     if any(j in context.neighbourhood(us) and j not in held for j in survivors):
@@ -217,11 +219,13 @@ def aggregate(
     size: int,
     owed: Owed,
     seconds: float = 60.0,
+    shown: set[bytes] | None = None,
 ) -> Aggregate:
     """At the coordinator: the sum of the values (size,) of the clients that stay.
 
     owed: what late clients of earlier attempts still owe; those of this one are entered. Nobody in it may take part.
-    seconds: the deadline of each of the five steps, for all clients together.
+    seconds: the deadline of each of the five steps, for all clients together. shown: to be given the context's digest
+    once clients may open the sum: whoever has done so opens no other of that round.
 
     Reveals:
         To us: the sum over the survivors, who they are, and which clients dropped out at which step.
@@ -260,6 +264,8 @@ def aggregate(
         return data
 
     masked = roll.gather(MaskedInput, sized)
+    if not context.connected(masked):
+        roll.stop(MaskedInput)
     flags = np.array([client in masked for client in range(n)], np.uint8)
     roll.tell(Survivors, lambda u: flags)
 
@@ -268,6 +274,8 @@ def aggregate(
         return data.tobytes()
 
     signatures = roll.gather(SurvivorSignature, signed)
+    if shown is not None:
+        shown.add(context.digest)
     roll.tell(SignatureList, lambda u: table(near[u], signatures, SignatureList.width))
 
     replies = roll.gather(Unmasking, lambda client, data: rows_of(near[client], data))
@@ -315,7 +323,7 @@ class _Roll:
                 self._drop(client, error)
                 channel.abort(error.kind)
         if len(found) < self._context.threshold:
-            self._stop(expected)
+            self.stop(expected)
         return found
 
     def tell(self, step: type[Step], data: Callable[[int], Array]) -> None:
@@ -340,12 +348,13 @@ class _Roll:
             with suppress(PeerLost, PeerAborted):
                 channel.send(_step(answer, self._context, nothing), 0.0)
 
-    def _stop(self, step: type[Step]) -> NoReturn:
+    def stop(self, step: type[Step]) -> NoReturn:
         for channel in self._live.values():
             self._leave_out(channel, step)
         missing = ", ".join(f"{name} ({error.kind})" for name, error in self.lost.items())
         context = self._context
         raise PeerLost(
             f"round {context.round}, attempt {context.attempt}: {len(self._live)} of {len(context.names)} clients are "
-            f"left at {step.__name__}, {context.threshold} are needed; missing: {missing}; nothing was opened"
+            f"left at {step.__name__}, {context.threshold} are needed, within reach of each other; "
+            f"missing: {missing}; nothing was opened"
         )

@@ -15,10 +15,12 @@ import numpy as np
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
 from vfl.horizontal.accounting import noise_multiplier
+from vfl.horizontal.context import Context, Quantisation
 from vfl.horizontal.local import Objective, Plan
 from vfl.horizontal.newton import Exact, scaler
 from vfl.horizontal.privacy import GaussianMechanism
 from vfl.horizontal.privacy_budget import PrivacyBudget
+from vfl.horizontal.round_messages import Task
 from vfl.horizontal.strategies import Part, Strategy, kept, strategy
 from vfl.losses import Matrix, Vector
 
@@ -111,7 +113,9 @@ class Job:
 
     @cached_property
     def digest(self) -> bytes:
-        plain = msgspec.json.encode([self.settings, self.schema, self.clients], order="sorted")
+        plain = msgspec.json.encode(
+            [self.settings, self.schema, self.clients], order="sorted", enc_hook=np.generic.item
+        )
         return hashlib.sha256(b"colonnade/horizontal/1" + plain).digest()
 
     @property
@@ -165,6 +169,55 @@ class Job:
         travels = self.strategy.vectors * int(np.count_nonzero(self.part(number).travels))
         return travels if self.settings.private else travels + 1 + TAIL
 
+    def told(self, stage: str, number: int) -> int:
+        """Numbers that a task brings."""
+        if stage in ("rows", "means"):
+            return 0
+        if stage == "scales":
+            return self.features
+        scaler = 2 * self.features if self.settings.standardise else 0
+        if stage == "train" and self.settings.strategy != "exact":
+            return scaler + self.strategy.vectors * int(np.count_nonzero(self.part(number).travels))
+        return scaler + self.size
+
+    def often(self, stage: str) -> int:
+        """So many tasks of a stage a session has at the most: what a loss, a row count or a sum of columns tells, it
+        tells at every weight that the coordinator likes."""
+        s = self.settings
+        open_ones = {"rows": 1, "score": 2 + (self.clients if s.leave_one_out else 0)}
+        return (
+            {"train": s.rounds, "finish": 1}
+            | ({} if s.private else open_ones)
+            | ({"means": 1, "scales": 1} if s.standardise else {})
+        ).get(stage, 0)
+
+    def needed(self, stage: str, roll: int) -> int:
+        """So many clients a sum has at least, when so many signed the session. Whom the coordinator then admits, or
+        asks, makes it no smaller."""
+        return self.settings.needed(self.settings.clients.asked(roll) if stage == "train" else roll)
+
+    def context(
+        self, session: bytes, task: Task, attempt: int, names: tuple[str, ...], bound: float, roll: int, own: bool
+    ) -> Context:
+        """The terms of a secure sum, which coordinator and clients work out each by itself.
+
+        roll: how many signed the session; own: the coordinator is among the names. Raises as `Context` does.
+        """
+        s = self.settings
+        asked = s.clients.asked(roll) if task.stage == "train" else roll
+        degree = s.degree if s.degree < len(names) - 1 else 0
+        plain = msgspec.json.encode([task.number, task.round, task.stage, task.clients, task.rows])
+        return Context(
+            session,
+            task.number,
+            attempt,
+            names,
+            s.threshold(asked, len(names), own),
+            Quantisation.finest(bound, len(names)),
+            degree or None,
+            hashlib.sha256(self.digest + plain + task.data.tobytes()).digest(),
+        )
+
     @property
     def asked(self) -> int:
         return self.settings.clients.asked(self.clients)
@@ -174,7 +227,9 @@ class Job:
         """The noise of one round, so that all rounds and the allowed repeats cost the agreed epsilon."""
         privacy = self.settings.privacy
         multiplier = noise_multiplier(privacy.epsilon, privacy.delta, self.settings.rounds + privacy.repeats)
-        contributors = self.settings.clients.needed(self.asked) if privacy.noise == "distributed" else 1
+        contributors = 1
+        if privacy.noise == "distributed":  # each client knows its own share: the others' hide it from that one
+            contributors = max(self.settings.needed(self.asked) - 1, 1)
         noise = privacy.clip * multiplier / math.sqrt(contributors)
         bits = min(max(PRECISION - math.frexp(noise)[1], 0), 52)
         return GaussianMechanism(privacy.clip, multiplier, self.size, bits, contributors)

@@ -98,7 +98,8 @@ class Intersection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The model and every hyper-parameter. `C` (logistic) and `alpha` (linear, Poisson) as in scikit-learn, so is
     `l1_ratio`. No residual, times its row's weight, may exceed `residual_range`: 1 is enough for classes without
-    weights."""
+    weights. `leave_out`: the held-out rows are also scored without each feature holder in turn, which tells the label
+    holder that one's embedding of them."""
 
     kind: Literal[
         "logistic regression", "linear regression", "poisson regression", "network classifier", "network regressor"
@@ -119,6 +120,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     seed: Annotated[int, Meta(ge=0)] = 0
     minimum_rows_off_mode: Annotated[int, Meta(ge=10)] = 10
     allow_reconstruction: bool = False
+    leave_out: bool = False
 
 
 class Encryption(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -121,3 +121,13 @@ def test_rows_may_have_weights(tmp_path):
             y, weights = part["bad"] == "yes", part["exposure"]
     oracle = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(np.hstack(x), y, sample_weight=weights)
     assert np.abs(oracle.coef_[0] - coef).max() < 1e-3
+
+
+def test_what_each_feature_holder_brings_is_measured_where_all_consent(tmp_path):
+    paths = build(tmp_path, customers(400), model=BOLD + "leave_out = true\n")
+    codes, errors = together({name: ["run", path, "--events"] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    figures = json.loads((tmp_path / "out" / "bank" / "summary.json").read_text())["metrics"]
+    assert set(figures) == {"joint", "alone", "without grocer", "without telco"}
+    assert figures["joint"]["auc"] > figures["without grocer"]["auc"] + 0.1  # its columns weigh most
+    assert "without grocer" in (tmp_path / "out" / "bank" / "report.html").read_text()

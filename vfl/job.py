@@ -213,9 +213,8 @@ def train(
     keeps the evidence of the intersection as soon as rows are known, whatever happens later; `folder` keeps what
     `resume` needs.
 
-    The joint model is compared with the label holder alone, but not with the model without one feature holder: that
-    takes the sum of the others' embeddings of the held-out rows, and the difference would tell the label holder what
-    that one's embedding of each row is. Of a single feature holder there is nobody else to leave.
+    The joint model is compared with the label holder alone, and with `leave_out` in the agreement with itself without
+    each feature holder: the difference tells the label holder what that one's embedding of each held-out row is.
 
     Reveals:
         To every party: what `align`, `VerticalLinearModel.fit` and its `decision_function` reveal; no more.
@@ -281,9 +280,27 @@ def _train_on(
     if test.any():
         with session.phase("score"):
             found = scores(model, columns[test], session)
+            without = _left_out(session, model, columns[test]) if settings.leave_out else {}
         if found is not None and label is not None:
-            evaluation = evaluate(model, label[test], found, columns[test].to_numpy())
+            evaluation = evaluate(model, label[test], found, columns[test].to_numpy(), without)
     return _outcome(session, prepared, common, report, test, model, fitted, found, evaluation, searched)
+
+
+def _left_out(
+    session: Session, model: VerticalLinearModel | VerticalMLP, columns: pd.DataFrame
+) -> dict[str, Matrix | Vector]:
+    """At the label holder, scores of the joint model in which one feature holder's prepared columns are all zero.
+
+    Reveals:
+        To the label holder: every feature holder's own embedding of these rows, as a difference.
+    """
+    found = {}
+    for party in session.agreement.ring[1:]:
+        mine = columns * 0 if session.name == party.name else columns
+        told = scores(model, mine, session)
+        if told is not None:
+            found[f"without {party.name}"] = told
+    return found
 
 
 def score(

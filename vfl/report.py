@@ -160,7 +160,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_row("intersection", f"{summary['intersection']:,} rows of {len(summary['parties'])} parties")
     table.add_row("train / test", f"{summary['rows_train']:,} / {summary['rows_test']:,} rows")
     for name, values in summary.get("metrics", {}).items():
-        who = "label holder alone" if name == "alone" else "joint model"
+        who = {"alone": "label holder alone", "joint": "joint model"}.get(name, name)
         told = ", ".join(f"{text} {values[figure]:.4f}" for figure, text in SHOWN.items() if figure in values)
         table.add_row(who, f"{told or 'nothing to measure'} on the test rows")
     state = "complete" if summary["converged"] else "stopped before the optimum, see the note"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,26 +113,35 @@ def scores(model: VerticalLinearModel | VerticalMLP, x: pd.DataFrame, session: S
 
 
 def evaluate(
-    model: VerticalLinearModel | VerticalMLP, y: NDArray[Any], joint: Matrix | Vector, x: Matrix
+    model: VerticalLinearModel | VerticalMLP,
+    y: NDArray[Any],
+    joint: Matrix | Vector,
+    x: Matrix,
+    without: Mapping[str, Matrix | Vector],
 ) -> Evaluation:
-    """Figures of the joint model beside those of the label holder alone, whose columns of the same rows are x."""
+    """Figures of the joint model beside those of the label holder alone, whose columns of the same rows are x, and of
+    the joint model `without` each feature holder."""
     alone, own = getattr(model, "alone_", None), x if x.shape[1] else np.zeros((len(x), 1))
     if not isinstance(model, ClassifierMixin):
         kind: Literal["poisson", "regression"] = (
             "poisson" if isinstance(model, VerticalPoissonRegressor) else "regression"
         )
-        return compare(kind, y, {"joint": joint} | ({} if alone is None else {"alone": alone.predict(own)}))
+        return compare(
+            kind, y, {"joint": joint} | ({} if alone is None else {"alone": alone.predict(own)}) | dict(without)
+        )
     known = np.isin(y, model.classes_)
     if not known.all():
         log.warning("%d held-out rows are of a class that no training row has: left out of the figures", (~known).sum())
         y, joint, own = y[known], joint[known], own[known]
+        without = {name: one[known] for name, one in without.items()}
     both = None if alone is None else alone.predict_proba(own)
     if joint.ndim == 1:
         y = (y == model.classes_[1]).astype(np.float64)
-        return compare("binary", y, {"joint": joint} | ({} if both is None else {"alone": both[:, 1]}))
+        return compare("binary", y, {"joint": joint} | ({} if both is None else {"alone": both[:, 1]}) | dict(without))
     coded = np.searchsorted(model.classes_, y).astype(np.float64)
     names = [str(one) for one in model.classes_]
-    return compare("multiclass", coded, {"joint": joint} | ({} if both is None else {"alone": both}), classes=names)
+    scored = {"joint": joint} | ({} if both is None else {"alone": both}) | dict(without)
+    return compare("multiclass", coded, scored, classes=names)
 
 
 def load_share(path: Path) -> VerticalLinearModel | VerticalMLP:

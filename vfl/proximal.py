@@ -75,9 +75,7 @@ def label_holder(
     objective = problem.value(scores, start) + l1 * float(np.abs(start).sum())
     norm = np.nan
     for exchange in range(limits.exchanges):
-        residual = problem.residual(ahead)
-        if not exchange:
-            residual, _ = problem.first_residual(ahead, end.terms.residual_range)
+        residual = problem.residual(ahead) if exchange else problem.first_residual(ahead, end.terms.residual_range)[0]
         check_finite(residual, exchange)
         open_gradients(end, residual, exchange)
         gradient, slope = x.T @ residual / n + problem.penalty * slice_.z, residual.mean(axis=0) * problem.fit_intercept

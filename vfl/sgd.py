@@ -62,9 +62,7 @@ def label_holder(
         embedded = sum_embeddings(session, len(rows), exchange, weights.shape[1])
         meter.embedded(embedded, rows)
         scores = x[rows] @ weights + intercept + embedded
-        residual = batch.residual(scores)
-        if not exchange:
-            residual, _ = batch.first_residual(scores, end.terms.residual_range)
+        residual = batch.residual(scores) if exchange else batch.first_residual(scores, end.terms.residual_range)[0]
         check_finite(residual, exchange)
         open_gradients(end, residual, exchange)
         weights = weights - rate * (x[rows].T @ residual / len(rows) + problem.penalty * weights)

@@ -66,8 +66,10 @@ def label_holder(
         if exchange:
             session.broadcast(Weights(exchange - 1, weights[x.shape[1] :].ravel()))
         scores = known @ weights + intercept
-        residual, blurred = problem.residual(scores), False
-        if not exchange:
+        blurred = False
+        if exchange:
+            residual = problem.residual(scores)
+        else:
             residual, blurred = problem.first_residual(scores, end.terms.residual_range)
         check_finite(residual, exchange)
         open_gradients(end, residual, exchange)

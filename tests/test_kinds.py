@@ -130,4 +130,3 @@ def test_what_each_feature_holder_brings_is_measured_where_all_consent(tmp_path)
     figures = json.loads((tmp_path / "out" / "bank" / "summary.json").read_text())["metrics"]
     assert set(figures) == {"joint", "alone", "without grocer", "without telco"}
     assert figures["joint"]["auc"] > figures["without grocer"]["auc"] + 0.1  # its columns weigh most
-    assert "without grocer" in (tmp_path / "out" / "bank" / "report.html").read_text()

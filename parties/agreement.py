@@ -21,6 +21,7 @@ from parties.errors import LocalError, Refused
 from parties.files import read_bytes
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity, check_name
+from parties.information import InformationValue
 from parties.leakage import Leakage
 from parties.network import Network
 from parties.search import Search
@@ -187,6 +188,7 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     network: Network = Network()
     leakage: Leakage = Leakage()
     search: Search | None = None
+    information: InformationValue | None = None
     horizontal: Horizontal | None = None
     columns: Columns | None = None
     deadlines: Deadlines = Deadlines()
@@ -208,6 +210,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError('[network] needs kind = "network classifier" or "network regressor" in [model]')
         if self.search is not None:
             self.search.check(self.model.kind, self.model.solver)
+        if self.information is not None:
+            self.information.check(self.model.kind)
         if self.horizontal or self.columns or self.job.coordinator_trains:
             raise ValueError('[horizontal], [columns] and coordinator_trains need mode = "horizontal" in [job]')
         if sum(not party.endpoint for party in self.parties) > 1:

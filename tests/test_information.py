@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.preprocessing import KBinsDiscretizer
 
 from parties.errors import ColonnadeError, LocalError, PeerAborted, ProtocolViolation, Refused
@@ -19,10 +21,11 @@ from parties.preparation import Preparation
 from parties.session import Session
 from tests.training import agreed, altering, kinds, sent, with_data
 from vfl.encryption.paillier import SecretKey, generate
-from vfl.exchange import Terms, accept_key, offer_key, open_gradients, weigh_gradient
-from vfl.information import Information, bin_columns, evidence, feature_holder, label_holder
+from vfl.exchange import Scales, Terms, accept_key, offer_key, open_gradients, weigh_gradient
+from vfl.information import feature_holder, label_holder
 from vfl.messages import OpenedGradient, Plan
 from vfl.training import agree
+from vfl.weight_of_evidence import Information, bin_columns, evidence
 
 ROWS, COUNTS = 400, 40
 PLAN = msgspec.toml.decode(
@@ -68,6 +71,7 @@ def plan_for(frame: pd.DataFrame) -> Preparation:
 
 
 PARTS, Y = customers()
+THREE = np.where(PARTS["bank"]["age"] > 48, "old", np.where(Y == 1, "late", "never"))
 BINNED = {name: bin_columns(part, plan_for(part)) for name, part in PARTS.items()}
 
 
@@ -116,14 +120,23 @@ def plain(column: pd.Series, y: np.ndarray, smoothing: float = 0.5) -> tuple[dic
 
 
 def assert_plain(information: Information, binned: pd.DataFrame, y: np.ndarray, smoothing: float = 0.5) -> None:
+    """Every class against the rest; of two classes, the larger."""
+    classes = np.unique(y)
     assert list(information.values.index) == list(binned)
-    for feature, lines in information.bins.groupby("feature"):
-        bins, total = plain(binned[feature], y, smoothing)
-        assert list(zip(lines["bin"], lines["rows"], lines["positives"], strict=True)) == [
-            (name, *bins[name][:2]) for name in binned[feature].cat.categories
-        ]
-        np.testing.assert_allclose(lines["woe"], [bins[name][2] for name in lines["bin"]], rtol=1e-12)
-        assert information.values[feature] == pytest.approx(total, rel=1e-12)
+    assert information.by_class.shape == (binned.shape[1], len(classes) if len(classes) > 2 else 1)
+    for feature, of_feature in information.bins.groupby("feature"):
+        totals = []
+        for label, (_, lines) in zip(
+            classes[-information.by_class.shape[1] :], of_feature.groupby("class"), strict=True
+        ):
+            bins, total = plain(binned[feature], (y == label).astype(int), smoothing)
+            totals.append(total)
+            assert list(zip(lines["bin"], lines["rows"], lines["positives"], strict=True)) == [
+                (name, *bins[name][:2]) for name in binned[feature].cat.categories
+            ]
+            np.testing.assert_allclose(lines["woe"], [bins[name][2] for name in lines["bin"]], rtol=1e-12)
+        np.testing.assert_allclose(information.by_class.loc[feature], totals, rtol=1e-12)
+        assert information.values[feature] == pytest.approx(sum(totals), rel=1e-12)
 
 
 # What it computes
@@ -136,6 +149,15 @@ def test_every_party_gets_what_a_plain_computation_gives_for_its_own_columns(nam
     ended = run(binned, scheme=scheme, secret=secret)
     for name, part in binned.items():
         assert_plain(ended[name], part, Y)
+
+
+@pytest.mark.parametrize("scheme", ["lattice", "paillier"])
+def test_of_several_classes_each_is_set_against_the_rest(scheme, secret):
+    ended = run(BINNED, THREE, scheme=scheme, secret=secret)
+    for name, part in BINNED.items():
+        assert_plain(ended[name], part, THREE)
+    assert list(ended["bank"].by_class) == ["late", "never", "old"]
+    assert list(ended["grocer"].by_class) == ["0", "1", "2"]  # no names where there are no labels
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 2.0])
@@ -182,6 +204,16 @@ def test_equal_numbers_stay_together_and_two_values_are_two_bins(rare):
     column = np.r_[np.ones(rare), np.zeros(ROWS - rare)]
     ours = bin_columns(pd.DataFrame({"x": column}), Preparation())["x"]
     assert pd.crosstab(ours, column).to_numpy().tolist() == [[ROWS - rare, 0], [0, rare]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=40, max_size=120), st.integers(2, 8))
+def test_bins_of_few_rows_join_their_neighbours(numbers, bins):
+    column = np.r_[numbers, 0, 9].astype(float)
+    ours = bin_columns(pd.DataFrame({"x": column}), Preparation(), bins=bins, minimum=10)["x"]
+    assert ours.value_counts().min() >= 10
+    ranges = pd.Series(column).groupby(ours, observed=True).agg(["min", "max"])
+    assert (ranges["min"].to_numpy()[1:] > ranges["max"].to_numpy()[:-1]).all()  # in order, and equals together
 
 
 def test_missing_numbers_and_declared_levels():
@@ -249,6 +281,29 @@ def test_a_feature_holder_that_wants_more_counts_than_are_allowed_is_refused():
     assert isinstance(ended["bank"], Refused) and ended["bank"].peer == "grocer"
 
 
+def test_as_many_counts_as_bins_times_classes_less_one():
+    bins = sum(BINNED["grocer"].nunique())
+    binned = {name: BINNED[name] for name in ("bank", "grocer")}
+    enough, few = (dict.fromkeys(binned, 2 * bins - less) for less in (0, 1))
+    assert_plain(run(binned, THREE, allowed=enough)["grocer"], BINNED["grocer"], THREE)
+    ended = run(binned, THREE, allowed=few)
+    assert isinstance(ended["bank"], Refused) and "20 counts of 400 rows, 19 are allowed" in str(ended["bank"])
+
+
+def test_not_caught_a_bin_of_one_row_tells_its_label():
+    """It is the feature holder that refuses such bins; to the label holder they look like any others."""
+
+    def crafted(session: Session) -> np.ndarray:
+        scales = Scales.of(session.agreement, ROWS)
+        x = np.eye(ROWS, COUNTS, dtype=np.int64) << scales.feature_bits
+        plans = agree(session, "information value", {"counts": COUNTS}, x, magnitude=scales.magnitude(x))
+        terms = Terms.of(session.agreement, ROWS, {"grocer": plans["grocer"]}, 1)
+        return weigh_gradient(accept_key(session, terms, x), 0)[:, 0]
+
+    ended = run({name: BINNED[name] for name in ("bank", "grocer")}, roles={"grocer": crafted})
+    assert ended["grocer"].tolist() == Y[:COUNTS].tolist()  # one label a count: allowed_counts bounds them
+
+
 def test_not_caught_a_feature_holder_that_deviates_reads_many_labels_from_one_count():
     """Powers of two in place of a bin's ones. To the label holder everything looks as it does with honest bins."""
     rows = 30
@@ -269,8 +324,10 @@ def test_not_caught_a_feature_holder_that_deviates_reads_many_labels_from_one_co
 # Bad labels, and a label holder that lies
 
 
-@pytest.mark.parametrize("y", [np.zeros(ROWS, int), np.arange(ROWS) % 3, Y[:-1]], ids=["one", "three", "short"])
-def test_labels_that_are_not_of_two_classes_are_refused(y):
+@pytest.mark.parametrize(
+    "y", [np.zeros(ROWS, int), PARTS["bank"]["age"], Y[:-1]], ids=["one class", "numbers", "too short"]
+)
+def test_labels_without_classes_are_refused(y):
     ended = run({name: BINNED[name] for name in ("bank", "grocer")}, y)
     assert isinstance(ended["bank"], LocalError) and isinstance(ended["grocer"], PeerAborted)
 
@@ -285,10 +342,11 @@ def test_rows_without_a_bin_are_refused(bad):
 
 def lying(residual: np.ndarray) -> Callable[[Session], None]:
     """A label holder that seals something else than labels."""
+    width = residual.reshape(ROWS, -1).shape[1]
 
     def role(session: Session) -> None:
-        plans = agree(session, "information value", {"counts": COUNTS}, np.empty((ROWS, 0)), outputs=1)
-        terms = Terms.of(session.agreement, ROWS, {"grocer": plans["grocer"]}, 1)
+        plans = agree(session, "information value", {"counts": COUNTS}, np.empty((ROWS, 0)), outputs=width)
+        terms = Terms.of(session.agreement, ROWS, {"grocer": plans["grocer"]}, 1, width=width)
         open_gradients(offer_key(session, terms), residual, 0)
 
     return role
@@ -299,10 +357,13 @@ def lying(residual: np.ndarray) -> Callable[[Session], None]:
     [
         (-1.0 * Y, "not whole, or not between"),
         (0.3 * Y, "not whole, or not between"),
-        (np.ones(ROWS), "one class empty"),
-        (np.zeros(ROWS), "one class empty"),
+        (np.ones(ROWS), "a class empty"),
+        (np.zeros(ROWS), "a class empty"),
+        (np.column_stack([Y, Y, np.ones(ROWS)]), "not between"),
+        (np.column_stack([Y, 1 - Y]), "a class empty"),
+        (np.column_stack([Y, np.zeros(ROWS)]), "a class empty"),
     ],
-    ids=["negative", "fractions", "all", "none"],
+    ids=["negative", "fractions", "all", "none", "in two classes", "no first class", "no last class"],
 )
 def test_sums_that_no_labels_give_are_noticed(residual, text):
     ended = run({name: BINNED[name] for name in ("bank", "grocer")}, roles={"bank": lying(residual)})

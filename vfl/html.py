@@ -6,6 +6,7 @@ No script and no outside request; whatever it says is text and stays text. Chart
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vfl.evaluation import Evaluation
 from vfl.metrics import FIGURES
@@ -78,6 +79,7 @@ def render(
     title: str,
     party: str,
     session: str,
+    information: Sequence[Mapping[str, Any]] = (),
     cost: Sequence[Mapping[str, Cell]] = (),
     leakage: Sequence[Mapping[str, Cell]] = (),
     notes: Sequence[str] = (),
@@ -88,6 +90,7 @@ def render(
         title: the agreement's.
         party: the label holder; it writes the report.
         session: its id, in hex.
+        information: what columns tell of the label, as `vfl.information.measure` has it.
         cost: what the run took, as rows of a table; the keys of the first head the columns.
         leakage: what attacks on this run found, likewise; PASS, FAIL and NOT RUN stand out.
         notes: what everybody should know about this run.
@@ -113,10 +116,21 @@ def render(
         title=title,
         party=party,
         session=session,
+        information=_information(information, evaluation.classes),
         cost=cost,
         leakage=leakage,
         notes=notes,
     )
+
+
+def _information(values: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[dict[str, Cell]]:
+    """Rows of a table, the largest first; of several classes, so many as fit the page, also each against the rest."""
+    shown = classes if len(classes) <= MOST_CLASSES else []
+    return [
+        {"party": one["party"], "column": one["column"], "information value": one["iv"]}
+        | {f"class {name}": value for name, value in zip(shown, one["by_class"], strict=False)}
+        for one in sorted(values, key=lambda one: one["iv"], reverse=True)
+    ]
 
 
 def _figure(value: float) -> str:

@@ -1,110 +1,34 @@
-"""What each column tells of the label, before any model: weight of evidence (WOE) and information value (IV).
+"""Information value before any model: what each column tells of the label, from encrypted labels.
 
-    woe_j = ln(p_j / q_j)        IV = sum_j (p_j - q_j) woe_j
-
-p_j and q_j are the shares of a column's bin j in the positives and in the negatives (Good 1950, ch. 6; IV is Jeffreys'
-divergence: Kullback and Leibler 1951; in scoring: Siddiqi 2006, ch. 6). A feature holder gets the positives of its bins
-in one exchange of the encrypted gradient protocol: R is y, X has a 0/1 column for each bin. Zeros and ones are whole in
-any fixed point, so the counts are exact.
+A feature holder gets the rows of each class in its bins in one exchange of the encrypted gradient protocol: R has a 0/1
+column for each class but the first, X one for each bin. Zeros and ones are whole in any fixed point, so the counts are
+exact. The first class is what is left of a bin's rows.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from parties.agreement import Agreement
 from parties.errors import LocalError, ProtocolViolation, Refused, blame
 from parties.preparation import Preparation
 from parties.session import Session
-from vfl import preparation
 from vfl.encryption.paillier import SecretKey
 from vfl.exchange import Scales, Terms, accept_key, offer_key, open_gradients, weigh_gradient
-from vfl.inputs import check_columns, class_labels
-from vfl.losses import Matrix, Vector
-from vfl.preparation import FittedNumber
+from vfl.information_messages import LONGEST, ColumnValue
+from vfl.inputs import MOST_CLASSES, check_columns, class_labels
+from vfl.losses import Matrix
 from vfl.training import agree
+from vfl.weight_of_evidence import SMOOTHING, Information, bin_columns, evidence
 
 log = logging.getLogger("colonnade")
-SMOOTHING = 0.5  # of a row, in every bin and class: a bin of one class has finite evidence
-
-
-@dataclass(frozen=True)
-class Information:
-    """A line a bin: feature, bin, rows, positives, woe, iv (its term of the sum)."""
-
-    bins: pd.DataFrame
-
-    @property
-    def values(self) -> pd.Series[Any]:
-        """IV by feature, in the order of the columns."""
-        return self.bins.groupby("feature", sort=False)["iv"].sum()
-
-    def above(self, threshold: float = 0.02) -> list[str]:
-        """The features whose IV is larger. Below 0.02 a column is usually taken to predict nothing (Siddiqi 2006)."""
-        values = self.values
-        return list(values.index[values > threshold])
-
-
-def bin_columns(frame: pd.DataFrame, plan: Preparation, *, bins: int = 5, minimum: int = 1) -> pd.DataFrame:
-    """Our columns (n, d), each a categorical: every row's bin, by name. What `label_holder` and `feature_holder` take.
-
-    Text: the levels that `plan` declares, of at least `minimum` rows. Numbers: quantile bins, `bins` or what `plan`
-    says for the column; equal values go together, by their mean rank, so that two values make two bins however many
-    rows one has. A missing number is in a bin of its own if `plan` sets an indicator, else where its fill is.
-
-    Raises:
-        LocalError: as `preparation.fit`.
-    """
-    frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
-    numbers = {name: msgspec.structs.replace(one, bins=None) for name, one in plan.numbers.items()}
-    unbinned = msgspec.structs.replace(plan, numbers=numbers)
-    binned: dict[str, pd.Series[Any]] = {}
-    for name, fitted in preparation.fit(frame, unbinned, standardise=False, minimum=minimum).columns.items():
-        column = fitted.read(frame[name])
-        if isinstance(fitted, FittedNumber):
-            wanted = plan.numbers[name].bins if name in plan.numbers else None
-            binned[name] = _quantile_bins(name, fitted, column, wanted or bins)
-        else:
-            levels = pd.Series(pd.Categorical(column, categories=fitted.levels), index=frame.index)
-            binned[name] = levels.cat.rename_categories(
-                {level: f"{name}={level}" if level else f"{name} other" for level in fitted.levels}
-            )
-    return pd.DataFrame(binned, index=frame.index)
-
-
-def _quantile_bins(name: str, fitted: FittedNumber, numbers: pd.Series[Any], bins: int) -> pd.Series[Any]:
-    if fitted.fill is not None and not fitted.indicator:
-        numbers = numbers.fillna(fitted.fill)
-    known = numbers.dropna()
-    halves = (2 * known.rank()).astype(np.int64)  # mean ranks are multiples of 1/2
-    lowest = known.groupby((halves * bins - 1) // (2 * len(known))).min()
-    binned: pd.Series[Any] = pd.cut(numbers, [-np.inf, *lowest[1:], np.inf], right=False)
-    binned = binned.cat.rename_categories(lambda interval: f"{name} in {interval}")
-    if fitted.indicator:
-        binned = binned.cat.add_categories(f"{name} missing").fillna(f"{name} missing")
-    return binned
-
-
-def evidence(bins: pd.DataFrame, positives: Vector, smoothing: float = SMOOTHING) -> Information:
-    """WOE and IV from counts: `bins` has feature, bin and rows of each bin, `positives` (bins,) how many are positive.
-
-    `smoothing` is added to both counts of every bin, so that the shares still add up to 1 and no IV is negative. With 0
-    a bin of one class has infinite evidence.
-    """
-    negatives = bins["rows"] - positives
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p, q = (
-            (count + smoothing) / (count + smoothing).groupby(bins["feature"]).transform("sum")
-            for count in (pd.Series(positives, index=bins.index), negatives)
-        )
-        woe = np.log(p / q)
-        return Information(bins.assign(positives=positives.astype(np.int64), woe=woe, iv=(p - q) * woe))
+DECIMALS = 3  # of an information value that is told
 
 
 def label_holder(
@@ -116,35 +40,35 @@ def label_holder(
     smoothing: float = SMOOTHING,
     secret: SecretKey | None = None,
 ) -> Information:
-    """Let every feature holder count the positives in its bins; ours are counted here, and sent nowhere.
+    """Let every feature holder count the classes in its bins; ours are counted here, and sent nowhere.
 
-    `binned` (n, d) of `bin_columns`, d may be 0; y (n,) of two classes, of which the larger is the positive one;
-    `allowed_counts` is the most counts that a feature holder may get, 0 none.
+    `binned` (n, d) of `bin_columns`, d may be 0; y (n,) of two classes, of which the larger is the positive one, or of
+    several; `allowed_counts` is the most counts that a feature holder may get, 0 none.
 
     Reveals:
-        To a feature holder: the positives in each of its bins, hence in all rows. A bin with as many positives as rows,
-        or none, tells the labels of all its rows, one of few rows nearly so; bins of two columns, or of two runs, that
-        differ in few rows tell of these. We see no bins: small ones are refused by a feature holder that follows the
-        protocol. One that deviates gets any linear functions of the labels in as many numbers, and with powers of two
-        for weights some 40 labels from each (lattice), or nearly as many as a plaintext has bits (Paillier).
+        To a feature holder: the number of classes, and the rows of each (by its number, not its name) in each of its
+        bins, hence in all rows. A bin whose rows are all of one class, or none of it, tells that of all its rows, one
+        of few rows nearly so; bins of two columns, or of two runs, that differ in few rows tell of these. We see no
+        bins: small and overlapping ones are refused by a feature holder that follows the protocol. One that deviates
+        gets any linear functions of the labels in as many numbers, and with powers of two for weights some 40 labels
+        from each (lattice), or nearly as many as a plaintext has bits (Paillier).
         To us: how many bins a feature holder has, over all its columns, and nothing else.
     Raises:
-        LocalError: y is not of two classes. Refused: counts are not allowed, or not so many.
+        LocalError: y has no classes. Refused: counts are not allowed, or not so many.
     """
     classes, coded = class_labels(y, len(binned))
-    if len(classes) != 2:
-        raise LocalError(f"the label has {len(classes)} classes; weight of evidence is defined for two")
-    positive = coded.astype(np.float64)
+    indicators = np.eye(len(classes))[coded][:, 1:]
     bins, ours = _bins(binned, smoothing)
-    terms = _agree(session, np.empty((len(binned), 0)), allowed_counts, outputs=1)
-    open_gradients(offer_key(session, terms, secret), positive, 0)
-    return evidence(bins, ours.T @ positive, smoothing)
+    terms = _agree(session, np.empty((len(binned), 0)), allowed_counts, outputs=len(classes) - 1)
+    open_gradients(offer_key(session, terms, secret), indicators, 0)
+    return _evidence(bins, ours.T @ indicators, smoothing, [str(one) for one in classes])
 
 
 def feature_holder(
     session: Session, binned: pd.DataFrame, *, allowed_counts: int, smoothing: float = SMOOTHING
 ) -> Information:
-    """Count the positives in our bins, `binned` (n, d) of `bin_columns`, without seeing a label.
+    """Count the classes in our bins, `binned` (n, d) of `bin_columns`, without seeing a label. Classes have numbers,
+    from 0.
 
     Reveals:
         To the label holder: how many bins we have. If it deviates it chooses what is counted, and learns whether we
@@ -154,14 +78,119 @@ def feature_holder(
         counts are not allowed, or not so many. ProtocolViolation: counts that no labels can give.
     """
     bins, x = _bins(binned, smoothing)
-    _check_bins(session, bins, x)
+    _check_bins(bins, x, session.agreement.model.minimum_rows_off_mode)
     scales = Scales.of(session.agreement, len(x))
     fixed = x.astype(np.int64) << scales.feature_bits
     terms = _agree(session, x, allowed_counts, magnitude=scales.magnitude(fixed))
-    positives = weigh_gradient(accept_key(session, terms, fixed), 0)[:, 0]
+    counts = weigh_gradient(accept_key(session, terms, fixed), 0)
     with blame(session.label_holder):
-        _check_counts(bins, positives)
-    return evidence(bins, positives, smoothing)
+        _check_counts(bins, counts)
+    return _evidence(bins, counts, smoothing, [str(number) for number in range(terms.width + 1)])
+
+
+def tell_values(session: Session, information: Information) -> None:
+    """As a feature holder, tell the label holder what our columns are worth, where the agreement says so.
+
+    Reveals:
+        To the label holder: our columns' names and, to three decimals, their information values, of every class; no
+        bin. If it deviates, it chooses the classes, and a value tells something of how these rows fall into our bins:
+        once a session, of no fewer rows than a bin must have. If we deviate, it hears whatever we say.
+    Raises:
+        Refused: a class has fewer than the agreed minimum_rows_off_mode rows.
+    """
+    lines = information.bins[information.bins["feature"] == information.bins["feature"].iloc[0]]
+    of_class, rows = lines.groupby("class")["positives"].sum(), lines.drop_duplicates("bin")["rows"].sum()
+    fewest, minimum = min(of_class.min(), rows - of_class.max()), session.agreement.model.minimum_rows_off_mode
+    if fewest < minimum:
+        raise Refused(
+            f"a class has {fewest} rows, fewer than {minimum}: an information value would tell our bins of these rows; "
+            "agree on values_to_label_holder = false in [information]"
+        )
+    values = information.by_class.round(DECIMALS)
+    for left, (name, row) in zip(reversed(range(len(values))), values.iterrows(), strict=True):
+        session.channels[session.label_holder].send(ColumnValue(str(name)[:LONGEST], left, row.to_numpy(np.float64)))
+
+
+def hear_values(session: Session, most: int, classes: int) -> list[dict[str, Any]]:
+    """As the label holder, what every feature holder tells: its columns in its order, `most` at most, a value for each
+    of the `classes` against the rest (of two, one value).
+
+    Reveals:
+        To a feature holder: nothing; nothing is sent.
+    Raises:
+        ProtocolViolation: values of other classes, or too many columns.
+    """
+    heard, values = [], classes if classes > 2 else 1
+    for party in session.agreement.ring[1:]:
+        due = range(most)
+        while due:
+            told = session.channels[party.name].receive(ColumnValue)
+            with blame(party.name):
+                if told.left not in due or len(told.data) != values:
+                    raise ValueError("information values of other columns or classes than are due")
+            heard.append(_shown(party.name, told.name, told.data.tolist()))
+            due = range(told.left - 1, told.left) if told.left else range(0)
+    return heard
+
+
+def rehearse(agreement: Agreement, features: pd.DataFrame, plan: Preparation, is_label_holder: bool) -> None:
+    """What [information] would refuse of our columns once rows are common stops us now, on all our rows.
+
+    Raises:
+        LocalError, Refused: as `feature_holder`, before anything is sent.
+    """
+    agreed = agreement.information
+    if agreed is None or is_label_holder:
+        return
+    minimum = agreement.model.minimum_rows_off_mode
+    bins, x = _bins(bin_columns(features, plan, bins=agreed.bins, minimum=minimum), agreed.smoothing)
+    _check_bins(bins, x, minimum)
+    _check_allowed(len(bins), agreed.allowed_counts)
+
+
+def measure(
+    session: Session, features: pd.DataFrame, plan: Preparation, label: NDArray[Any] | None
+) -> dict[str, list[dict[str, Any]]]:
+    """[information] of the agreement at one party, as plain values; nothing without that section.
+
+    `bins`: a line for each of our own bins and classes. `values`: a line a column, ours and at the label holder, if the
+    agreement says so, everybody's: party, column, iv, and by class where there are several.
+
+    Reveals:
+        What `label_holder`, `feature_holder` and, with values_to_label_holder, `tell_values` reveal; no more.
+    """
+    agreed = session.agreement.information
+    if agreed is None:
+        return {}
+    bins, counts, smoothing = agreed.bins, agreed.allowed_counts, agreed.smoothing
+    features, told = features.reset_index(drop=True), list[dict[str, Any]]()
+    with session.phase("information"):
+        if session.is_label_holder:
+            binned = bin_columns(features, plan, bins=bins)
+            found = label_holder(session, binned, label, allowed_counts=counts, smoothing=smoothing)
+            if agreed.values_to_label_holder:
+                told = hear_values(session, counts, len(set(np.asarray(label).tolist())))
+        else:
+            minimum = session.agreement.model.minimum_rows_off_mode
+            binned = bin_columns(features, plan, bins=bins, minimum=minimum)
+            found = feature_holder(session, binned, allowed_counts=counts, smoothing=smoothing)
+            if agreed.values_to_label_holder:
+                tell_values(session, found)
+    lines: Any = found.bins.to_dict("records")
+    ours = [_shown(session.name, str(name), row.tolist()) for name, row in found.by_class.iterrows()]
+    return {"bins": lines, "values": ours + told}
+
+
+def _shown(party: str, column: str, by_class: list[float]) -> dict[str, Any]:
+    return {"party": party, "column": column, "iv": sum(by_class), "by_class": by_class if len(by_class) > 1 else []}
+
+
+def _evidence(bins: pd.DataFrame, counts: Matrix, smoothing: float, classes: list[str]) -> Information:
+    """From the counts of all classes but the first."""
+    if counts.shape[1] > 1:
+        first = bins["rows"].to_numpy() - counts.sum(axis=1)
+        return evidence(bins, np.column_stack([first, counts]), smoothing, classes)
+    return evidence(bins, counts, smoothing, classes[1:])
 
 
 def _bins(binned: pd.DataFrame, smoothing: float) -> tuple[pd.DataFrame, Matrix]:
@@ -177,9 +206,8 @@ def _bins(binned: pd.DataFrame, smoothing: float) -> tuple[pd.DataFrame, Matrix]
     return bins.assign(rows=x.sum(axis=0).astype(np.int64)), x
 
 
-def _check_bins(session: Session, bins: pd.DataFrame, x: Matrix) -> None:
+def _check_bins(bins: pd.DataFrame, x: Matrix, minimum: int) -> None:
     """None that tell a row's label. Raises LocalError."""
-    minimum = session.agreement.model.minimum_rows_off_mode
     of_feature = bins.groupby("feature", sort=False)["rows"]
     small = [f"{name} ({(rows < minimum).sum()} of {len(rows)})" for name, rows in of_feature if rows.min() < minimum]
     if small:
@@ -187,33 +215,47 @@ def _check_bins(session: Session, bins: pd.DataFrame, x: Matrix) -> None:
             f"bins of fewer than {minimum} rows: {', '.join(small)}; their counts would reveal labels: set fewer bins, "
             "merge levels, or drop the column"
         )
-    check_columns(x, list(bins["feature"]), minimum)
+    several = np.ptp(x, axis=0) > 0  # the only bin of its column tells no more than that all rows have one
+    check_columns(x[:, several], list(bins["feature"][several]), minimum)
+
+
+def _check_allowed(counts: int, allowed: int) -> None:
+    if counts > allowed:
+        raise Refused(
+            f"{counts} counts of the label by bin, {allowed} allowed: agree on more, set fewer bins or drop columns"
+        )
 
 
 def _agree(session: Session, x: Matrix, allowed: int, **ours: int) -> Terms:
     """All allow the same number of counts, and nobody wants more of them. Raises Refused, ProtocolViolation."""
-    if allowed < max(x.shape[1], 1):
-        raise Refused(
-            f"{x.shape[1]} counts of the label by bin, {allowed} allowed: agree on more, set fewer bins or drop columns"
-        )
+    _check_allowed(max(x.shape[1], 1), allowed)
     plans = agree(session, "information value", {"counts": allowed}, x, **ours)
     label_plan = plans.pop(session.label_holder)
-    if (label_plan.columns, label_plan.outputs, label_plan.range_bits) != (0, 1, 0):
+    outputs = label_plan.outputs
+    if (label_plan.columns, label_plan.range_bits) != (0, 0) or not 0 < outputs < MOST_CLASSES:
         raise ProtocolViolation(f"{session.label_holder} plans with other than one label", peer=session.label_holder)
     for name, plan in plans.items():
-        if plan.columns > allowed or plan.columns + 1 >= plan.rows:
-            raise Refused(f"{name} wants {plan.columns} counts of {plan.rows} rows, {allowed} are allowed", peer=name)
-        if plan.columns * plan.rows.bit_length() >= plan.rows:
-            log.warning("%d rows are few for %d counts: %s might work out labels", plan.rows, plan.columns, name)
-    return Terms.of(session.agreement, len(x), plans, 1)
+        counts = plan.columns * outputs
+        if counts > allowed or plan.columns + 1 >= plan.rows:
+            raise Refused(
+                f"{name} wants {counts} counts of {plan.rows} rows, {allowed} are allowed: agree on more, set fewer "
+                "bins or drop columns",
+                peer=name,
+            )
+        if counts * plan.rows.bit_length() >= plan.rows:
+            log.warning("%d rows are few for %d counts: %s might work out labels", plan.rows, counts, name)
+    return Terms.of(session.agreement, len(x), plans, 1, width=outputs)
 
 
-def _check_counts(bins: pd.DataFrame, positives: Vector) -> None:
-    """What any labels of two classes give. Raises ValueError."""
-    strange = int(((positives != np.rint(positives)) | (positives < 0) | (positives > bins["rows"])).sum())
-    if strange:
-        raise ValueError(f"{strange} of {len(bins)} counts are not whole, or not between 0 and the rows of their bin")
-    totals = np.unique(pd.Series(positives).groupby(bins["feature"]).sum())
-    rows = int(bins["rows"].sum()) // bins["feature"].nunique()
-    if len(totals) > 1 or not 0 < totals[0] < rows:
-        raise ValueError("counts that do not add up to the same number for every column, or leave one class empty")
+def _check_counts(bins: pd.DataFrame, counts: Matrix) -> None:
+    """What any labels give, of classes that all have rows. Raises ValueError."""
+    rows = bins["rows"].to_numpy()
+    strange = ((counts != np.rint(counts)) | (counts < 0)).any(axis=1) | (counts.sum(axis=1) > rows)
+    if strange.any():
+        raise ValueError(
+            f"counts of {strange.sum()} of {len(bins)} bins are not whole, or not between 0 and the rows of their bin"
+        )
+    totals = np.unique(pd.DataFrame(counts).groupby(bins["feature"]).sum(), axis=0)
+    in_all = int(rows.sum()) // bins["feature"].nunique()
+    if len(totals) > 1 or not (totals > 0).all() or totals.sum() >= in_all:
+        raise ValueError("counts that do not add up to the same numbers for every column, or leave a class empty")

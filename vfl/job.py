@@ -28,6 +28,7 @@ from vfl.estimator import VerticalLinearModel
 from vfl.evaluation import Evaluation
 from vfl.exchange import Scales
 from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
+from vfl.information import measure, rehearse
 from vfl.inputs import RANK_TOLERANCE, check_columns
 from vfl.losses import Matrix, Vector
 from vfl.neural import VerticalMLP
@@ -39,8 +40,9 @@ from vfl.search import search
 from vfl.task import check_range, classes_of, estimator, evaluate, label_use, linear, load_share, scores
 
 log = logging.getLogger("colonnade")
-TRAINED = (*psi_job.ALIGNED, "model.json", "report.html")
-RESUMED = ("resumed_ledger.jsonl", "model.json", "report.html", "rows.csv", "summary.json")
+WRITTEN = ("model.json", "information.json", "report.html")
+TRAINED = (*psi_job.ALIGNED, *WRITTEN)
+RESUMED = ("resumed_ledger.jsonl", *WRITTEN, "rows.csv", "summary.json")
 ALIGNMENT = "alignment.checkpoint"
 SCORED = tuple(f"score_{name}" for name in psi_job.EVIDENCE)
 
@@ -77,6 +79,7 @@ class Outcome:
     scores: Matrix | Vector | None = field(default=None, repr=False)
     evaluation: Evaluation | None = field(default=None, repr=False)
     searched: Searched | None = field(default=None, repr=False)
+    information: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def prepare(
@@ -129,6 +132,8 @@ def prepare(
     try:
         fitted = trained or _fitted(features, plan, agreement.model, party.is_label_holder)
         columns = fitted.transform(features)
+        if trained is None:
+            rehearse(agreement, features, plan, party.is_label_holder)
     except LocalError as error:
         raise LocalError(f"{read.table.source}: {error}") from None
     if trained is None:
@@ -217,16 +222,27 @@ def train(
     each feature holder: the difference tells the label holder what that one's embedding of each held-out row is.
 
     Reveals:
-        To every party: what `align`, `VerticalLinearModel.fit` and its `decision_function` reveal; no more.
+        To every party: what `align`, `measure` (with [information]), `VerticalLinearModel.fit` and its
+        `decision_function` reveal; no more.
     """
     common, report = _common(session, prepared, minimum, house)
     if not len(common):
         raise Refused("no customer is common to all parties; are the ids of one kind, and the rule right?")
+    told = _information(session, prepared, common)
     if folder is None or session.agreement.search is not None or session.agreement.is_network:
-        return _train_on(session, prepared, common, report, None, False)
+        return _train_on(session, prepared, common, report, None, False, told)
     job = _job(session.agreement, prepared)
-    write_checkpoint(folder / ALIGNMENT, job, {"session": session.id.hex()}, {"rows": common.astype("<i8")})
-    return _train_on(session, prepared, common, report, Checkpoints(folder, _of(job, session.id.hex())), False)
+    facts = {"session": session.id.hex(), "information": told}
+    write_checkpoint(folder / ALIGNMENT, job, facts, {"rows": common.astype("<i8")})
+    return _train_on(session, prepared, common, report, Checkpoints(folder, _of(job, session.id.hex())), False, told)
+
+
+def _information(session: Session, prepared: Prepared, common: NDArray[np.int64]) -> dict[str, Any]:
+    """[information] of the agreement, on the rows to train on."""
+    settings = session.agreement.model
+    rows = common[~split(len(common), settings.test_fraction, settings.seed)]
+    label = None if prepared.label is None else prepared.label[rows]
+    return measure(session, prepared.features.iloc[rows], prepared.plan, label)
 
 
 def _job(agreement: Agreement, prepared: Prepared) -> bytes:
@@ -253,6 +269,7 @@ def _train_on(
     report: Report,
     checkpoints: Checkpoints | None,
     resume: bool,
+    told: dict[str, Any],
 ) -> Outcome:
     """Train, score and evaluate on rows that are known."""
     settings = session.agreement.model
@@ -283,7 +300,9 @@ def _train_on(
             without = _left_out(session, model, columns[test]) if settings.leave_out else {}
         if found is not None and label is not None:
             evaluation = evaluate(model, label[test], found, columns[test].to_numpy(), without)
-    return _outcome(session, prepared, common, report, test, model, fitted, found, evaluation, searched)
+    outcome = _outcome(session, prepared, common, report, test, model, fitted, found, evaluation, searched)
+    outcome.information = told
+    return outcome
 
 
 def _left_out(
@@ -363,7 +382,9 @@ def resume(party: Party, progress: Progress, note: Callable[[str], None]) -> Out
     task = f"resume {report.session[:32]}"
     with psi_job.meeting(house, approval, task, RESUMED, progress, note) as session:
         checkpoints = Checkpoints(party.output, _of(found.job, report.session))
-        outcome = _train_on(session, prepared, found.arrays["rows"], report, checkpoints, True)
+        outcome = _train_on(
+            session, prepared, found.arrays["rows"], report, checkpoints, True, found.facts["information"]
+        )
     (party.output / ALIGNMENT).unlink(missing_ok=True)
     return _closed(outcome, session)
 

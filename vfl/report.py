@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from parties.agreement import Agreement
@@ -34,6 +36,12 @@ SEVERAL_HOLDERS = (
     "knows as many rows of one of them, can then rebuild that one's other rows."
 )
 
+COUNTED = (
+    "Before training each feature holder counts the classes in its bins, up to {} exact numbers about the label; a bin "
+    "whose rows are all of one class tells it their labels."
+)
+
+MOST_COLUMNS = 5  # of the closing table, those of the highest information value
 SHOWN = {  # of a model's figures, in the closing table
     "auc": "AUC",
     "accuracy": "accuracy",
@@ -46,8 +54,8 @@ SHOWN = {  # of a model's figures, in the closing table
 
 
 def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[str, Any]:
-    """Write model.json, rows.csv, summary.json and, at the label holder, report.html into the party's output folder;
-    returns the summary."""
+    """Write model.json, rows.csv, summary.json, information.json (with [information] in the agreement) and, at the
+    label holder, report.html into the party's output folder; returns the summary."""
     folder = party.output
     outcome.model.save(folder / "model.json", prepared=outcome.fitted)
     rows = pd.DataFrame({"row": outcome.rows, "part": np.where(outcome.test, "test", "train")})
@@ -57,12 +65,15 @@ def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> di
     write_whole(folder / "rows.csv", rows.to_csv(index=False).encode(), mode=0o600)
     summary = summarise(party, outcome, warnings)
     write_json(folder / "summary.json", summary)
+    if outcome.information:
+        write_whole(folder / "information.json", json.dumps(outcome.information, indent=2).encode() + b"\n", mode=0o600)
     if outcome.evaluation is not None:
         page = html.render(
             outcome.evaluation,
             title=summary["title"],
             party=summary["party"],
             session=summary["session"],
+            information=outcome.information.get("values", ()),
             cost=cost_rows(summary),
             leakage=leakage_rows(outcome.model, party.agreement),
             notes=summary["notes"],
@@ -97,6 +108,8 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
         "leakage": reading_rows(getattr(outcome.model, "readings_", [])),
         "notes": [*notes(agreement), *warnings],
     }
+    if outcome.information:
+        summary["information"] = outcome.information["values"]
     if outcome.searched is not None:
         summary["search"] = {
             "folds": agreement.search.folds if agreement.search else 0,
@@ -145,9 +158,10 @@ def encryption_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 def notes(agreement: Agreement) -> list[str]:
     """What everybody should know about this agreement before and after it runs."""
     allowed = agreement.model.allow_reconstruction
+    counted = [] if agreement.information is None else [COUNTED.format(agreement.information.allowed_counts)]
     if agreement.feature_holders > 1:
-        return [SEVERAL_HOLDERS] if allowed else []
-    return [f"{SINGLE_HOLDER} {'The agreement allows to go beyond.' if allowed else 'Training stops there.'}"]
+        return counted + [SEVERAL_HOLDERS] * allowed
+    return [*counted, f"{SINGLE_HOLDER} {'The agreement allows to go beyond.' if allowed else 'Training stops there.'}"]
 
 
 def closing_table(summary: dict[str, Any]) -> Table:
@@ -163,6 +177,10 @@ def closing_table(summary: dict[str, Any]) -> Table:
         who = {"alone": "label holder alone", "joint": "joint model"}.get(name, name)
         told = ", ".join(f"{text} {values[figure]:.4f}" for figure, text in SHOWN.items() if figure in values)
         table.add_row(who, f"{told or 'nothing to measure'} on the test rows")
+    ours = [row for row in summary.get("information", []) if row["party"] == summary["party"]]
+    if ours:
+        best = sorted(ours, key=lambda row: row["iv"], reverse=True)[:MOST_COLUMNS]
+        table.add_row("information value", escape(", ".join(f"{row['column']} {row['iv']:.3f}" for row in best)))
     state = "complete" if summary["converged"] else "stopped before the optimum, see the note"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
     for row in encryption_rows(summary["encryption"]):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from vfl.evaluation import CURVES, Evaluation, compare
@@ -60,6 +61,12 @@ def test_binary_figures_by_definition() -> None:
     assert values == pytest.approx(expected, rel=1e-12)
 
 
+def by_tenths(happened: Any, probability: Any) -> float:
+    """Calibration error over ten parts of equally many rows."""
+    parts = np.split(np.argsort(probability), 10)
+    return float(sum(abs((happened - probability)[part].sum()) for part in parts) / len(probability))
+
+
 def test_multiclass_figures_by_definition() -> None:
     y = RNG.integers(0, 3, 300)
     p = RNG.dirichlet([1, 1, 1], 300) + 0.6 * np.eye(3)[y]
@@ -72,6 +79,8 @@ def test_multiclass_figures_by_definition() -> None:
         "f1_macro": np.mean(f1),
         "auc": np.mean(auc),
         "log_loss": -np.log(p[np.arange(300), y]).mean(),
+        "ece": by_tenths(best == y, p.max(axis=1)),
+        "classwise_ece": np.mean([by_tenths(y == k, p[:, k]) for k in range(3)]),
     }
     values, absent = measure("multiclass", y.astype(float), p)
     assert not absent and values == pytest.approx(expected, rel=1e-12)
@@ -189,6 +198,31 @@ def test_deciles_of_a_regression() -> None:
         assert np.array(deciles) == pytest.approx(np.array(expected), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_the_reliability_curve_is_scikit_learns(kind: Any) -> None:
+    y, scores = Y, P + 1e-9 * RNG.random(950)
+    happened, sure = y, scores
+    if kind == "multiclass":
+        y = RNG.integers(0, 4, 950)
+        scores = RNG.dirichlet([1, 1, 1, 1], 950) + 0.4 * np.eye(4)[y]
+        scores /= scores.sum(axis=1, keepdims=True)
+        happened, sure = scores.argmax(axis=1) == y, scores.max(axis=1)
+    share, mean = calibration_curve(happened, sure, n_bins=10, strategy="quantile")
+    deciles = np.array(compare(kind, y.astype(float), {"joint": scores}).models["joint"].curves["deciles"])
+    assert deciles[::-1] == pytest.approx(np.column_stack([mean, share]), rel=1e-12)
+
+
+def test_a_calibrated_model_of_several_classes_is_told_from_a_sure_one() -> None:
+    """Labels drawn from the probabilities: errors near 0, and the accuracy is the mean confidence."""
+    p = RNG.dirichlet([1, 1, 1], 20_000)
+    y = (RNG.random(20_000)[:, None] > p.cumsum(axis=1)).sum(axis=1).astype(float)
+    sharp = p**4 / (p**4).sum(axis=1, keepdims=True)
+    honest, sure = measure("multiclass", y, p)[0], measure("multiclass", y, sharp)[0]
+    assert honest["ece"] < 0.02 and honest["classwise_ece"] < 0.02
+    assert sure["ece"] == pytest.approx(sharp.max(axis=1).mean() - honest["accuracy"], abs=0.01)
+    assert sure["classwise_ece"] > 0.1
+
+
 def test_confusion_leaves_small_counts_out() -> None:
     y = np.repeat([0, 1], [40, 25]).astype(float)
     predicted = np.r_[np.zeros(28), np.ones(12), np.ones(16), np.zeros(9)].astype(int)
@@ -258,4 +292,4 @@ def test_better_means_lower_for_losses() -> None:
     assert FIGURES["binary"]["auc"].better_by(0.75, 0.5) == 0.25
     assert FIGURES["binary"]["log_loss"].better_by(0.75, 0.5) == -0.25
     losses = {name for kind in FIGURES.values() for name, figure in kind.items() if figure.lower_is_better}
-    assert losses == {"log_loss", "brier", "ece", "rmse", "mae", "deviance"}
+    assert losses == {"log_loss", "brier", "ece", "classwise_ece", "rmse", "mae", "deviance"}

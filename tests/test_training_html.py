@@ -102,7 +102,7 @@ def test_cost_leakage_and_notes(page: str) -> None:
         ("binary", ["ROC curve", "Precision and recall", "Cumulative gain", "Lift", "Calibration"]),
         ("regression", ["Predicted and actual"]),
         ("poisson", ["Predicted and actual"]),
-        ("multiclass", []),
+        ("multiclass", ["Calibration"]),
     ],
 )
 def test_charts_show_joint_and_alone(kind: str, titles: list[str]) -> None:

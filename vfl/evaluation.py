@@ -10,13 +10,13 @@ import msgspec
 import numpy as np
 from sklearn.metrics import confusion_matrix
 
-from vfl.metrics import FEWEST, Array, Kind, by_piece, measure, pieces, ranking
+from vfl.metrics import FEWEST, Array, Kind, by_piece, confidence, measure, pieces, ranking
 
 Curve = list[tuple[float, float]]
 RANKED = ("roc", "precision_recall", "gain", "lift")
 CURVES: dict[Kind, tuple[str, ...]] = {
     "binary": (*RANKED, "deciles"),
-    "multiclass": ("confusion",),
+    "multiclass": ("confusion", "deciles"),
     "regression": ("deciles",),
     "poisson": ("deciles",),
 }
@@ -49,7 +49,8 @@ def compare(
 
     Figures are those of `vfl.metrics.FIGURES[kind]`. Curves, each a list of (x, y): for a binary label `roc`,
     `precision_recall`, `gain` and `lift` (cumulated, against the share of rows), of at most 101 points; for all kinds
-    but multiclass `deciles` (mean prediction, mean label), which for a binary label is the reliability curve.
+    `deciles` (mean prediction, mean label): for classes the reliability curve, of several that of the predicted class
+    (mean probability, share that is right).
 
     No row's label or score is in the result. Whoever walks a model's curves from point to point always crosses at
     least 10 rows, not knowing which; no point tells its threshold, but the scores of a decile their mean. Below 10
@@ -76,9 +77,9 @@ def _assess(kind: Kind, y: Array, scores: Array, threshold: float) -> Assessment
     if kind == "multiclass":
         counts = confusion_matrix(y, scores.argmax(axis=1), labels=range(scores.shape[1])).tolist()
         confusion = [[count if count >= FEWEST else None for count in row] for row in counts]
-    else:
-        predicted, observed, _ = by_piece(y, scores)
-        curves["deciles"] = _curve(predicted, observed)
+        y, scores = confidence(y, scores)
+    predicted, observed, _ = by_piece(y, scores)
+    curves["deciles"] = _curve(predicted, observed)
     if "auc" in figures and kind == "binary":
         curves |= _ranked(y, scores)
     elif kind == "binary":

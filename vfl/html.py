@@ -60,6 +60,17 @@ CALIBRATION = Plot(
     include=(0.0,),
     same_scale=True,
 )
+CONFIDENCE = Plot(
+    "deciles",
+    "Calibration",
+    "Probability of the predicted class and how often it was right, tenth by tenth. On the diagonal, of rows that are "
+    "sure to 90 percent 9 in 10 are right.",
+    "mean probability of the predicted class",
+    "share that is right",
+    "perfect",
+    include=(),
+    same_scale=True,
+)
 DECILES = Plot(
     "deciles",
     "Predicted and actual",
@@ -70,7 +81,12 @@ DECILES = Plot(
     include=(),
     same_scale=True,
 )
-PLOTS = {"binary": (*RANKING, CALIBRATION), "multiclass": (), "regression": (DECILES,), "poisson": (DECILES,)}
+PLOTS = {
+    "binary": (*RANKING, CALIBRATION),
+    "multiclass": (CONFIDENCE,),
+    "regression": (DECILES,),
+    "poisson": (DECILES,),
+}
 
 
 def render(

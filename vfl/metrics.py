@@ -61,8 +61,8 @@ def by_piece(y: Array, scores: Array) -> tuple[Array, Array, NDArray[np.int64]]:
     """Of every piece: the mean score, the mean label and the number of rows; the highest scores first."""
     order = np.argsort(-scores, kind="stable")
     cuts = pieces(scores[order])
-    rows = np.diff(cuts)
-    return np.add.reduceat(scores[order], cuts[:-1]) / rows, np.add.reduceat(y[order], cuts[:-1]) / rows, rows
+    rows, truth = np.diff(cuts), y[order].astype(np.float64)
+    return np.add.reduceat(scores[order], cuts[:-1]) / rows, np.add.reduceat(truth, cuts[:-1]) / rows, rows
 
 
 def calibration_error(y: Array, probability: Array) -> float:
@@ -70,6 +70,18 @@ def calibration_error(y: Array, probability: Array) -> float:
     their rows (Naeini, Cooper, Hauskrecht, AAAI 2015)."""
     predicted, observed, rows = by_piece(y, probability)
     return float(np.average(np.abs(predicted - observed), weights=rows))
+
+
+def confidence(y: Array, probabilities: Array) -> tuple[Array, Array]:
+    """Of several classes, (n, m): whether the class of the highest probability is the true one, and that probability.
+    Calibrated, it is right as often as it is sure (Guo, Pleiss, Sun, Weinberger, ICML 2017, section 2)."""
+    return (probabilities.argmax(axis=1) == y).astype(np.float64), probabilities.max(axis=1)
+
+
+def classwise_error(y: Array, probabilities: Array) -> float:
+    """The calibration error of every class's probability, averaged over the classes (Kull et al., NeurIPS 2019,
+    section 2; theirs has bins of equal width)."""
+    return float(np.mean([calibration_error(y == k, one) for k, one in enumerate(probabilities.T)]))
 
 
 def ranking(y: Array, scores: Array) -> tuple[Array, Array, Array]:
@@ -214,6 +226,20 @@ FIGURES: dict[Kind, dict[str, Figure]] = {
         ),
         "log_loss": Figure(
             "Log loss", _LOG_LOSS, lambda y, s, t: metrics.log_loss(y, s, labels=range(s.shape[1])), True
+        ),
+        "ece": Figure(
+            "Calibration error (ECE)",
+            "How far the probability of the predicted class is from how often it is right, in ten bins of equally many "
+            "rows.",
+            lambda y, s, t: calibration_error(*confidence(y, s)),
+            True,
+        ),
+        "classwise_ece": Figure(
+            "Class-wise calibration error",
+            "How far the probability of a class is from its observed share, in ten bins of equally many rows; averaged "
+            "over the classes.",
+            lambda y, s, t: classwise_error(y, s),
+            True,
         ),
     },
     "regression": {

@@ -107,7 +107,7 @@ SGD = "solver = 'sgd'\nepochs = 60\nbatch_size = 60\nmax_exchanges = 1000\nallow
 
 def test_a_run_whose_process_was_killed_goes_on_with_resume(tmp_path):
     tables = customers(400)
-    paths = build(tmp_path, tables, model=SGD)
+    paths = build(tmp_path, tables, model=f"{SGD}\n[information]\nallowed_counts = 20")
     command = [sys.executable, "-m", "vfl", "run"]
     running = {name: subprocess.Popen([*command, str(path), "--events"], **QUIET) for name, path in paths.items()}
     telco = tmp_path / "out" / "telco"
@@ -122,6 +122,9 @@ def test_a_run_whose_process_was_killed_goes_on_with_resume(tmp_path):
     codes, errors = together({name: ["run", path, "--resume", "--events"] for name, path in paths.items()})
     assert set(codes.values()) == {0}, errors
     assert not list(telco.glob("*.checkpoint")) and (telco / "resumed_ledger.jsonl").exists()
+    summary = json.loads((telco / "summary.json").read_text())
+    assert [row["column"] for row in summary["information"]] == ["minutes", "late"]
+    assert "information" not in summary["seconds_by_phase"]  # counted once, before the kill
     assert colonnade("run", paths["bank"], "--resume")[0] == 2  # nothing is left to go on with
 
     coef, x, y, test = [], [], np.empty(0), np.empty(0, bool)

@@ -82,6 +82,18 @@ def test_every_figure_stands_beside_that_of_the_label_holder_alone(binary: Evalu
     assert "1,000 test rows" in text and "above the threshold 0.45" in text
 
 
+def test_columns_are_listed_by_information_value(binary: Evaluation) -> None:
+    values = [("bank", "age", 0.0412), ("telco", "minutes", 0.31)]
+    rows = [{"party": party, "column": column, "iv": iv, "by_class": []} for party, column, iv in values]
+    text = text_of(render(binary, **WORDS, information=rows))
+    assert "party column information value telco minutes 0.31 bank age 0.0412" in text
+    assert "What single columns tell" not in text_of(render(binary, **WORDS))
+    rows = [rows[0] | {"by_class": [0.01, 0.0112, 0.02]}]
+    assert "value class 0 class 1 class 2 bank age 0.0412 0.01 0.0112 0.02" in text_of(
+        render(evaluated("multiclass"), **WORDS, information=rows)
+    )
+
+
 def test_every_feature_holder_is_left_out_once(binary: Evaluation, page: str) -> None:
     text = text_of(page)
     assert "Without grocer Without telco" in text
@@ -177,9 +189,10 @@ HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(1)></style>{{ 
 def test_injected_markup_is_inert() -> None:
     names = {"joint": np.eye(3)[CLASSES], f"without {HOSTILE}": np.eye(3)[CLASSES]}
     rows = [{HOSTILE: HOSTILE, f"2 {HOSTILE}": HOSTILE}]
+    values = [{"party": HOSTILE, "column": HOSTILE, "iv": 0.1, "by_class": [0.1] * 3}]
     shown = render(
         compare("multiclass", CLASSES, names, classes=[HOSTILE] * 3),
-        title=HOSTILE, party=HOSTILE, session=HOSTILE, cost=rows, leakage=rows, notes=[HOSTILE],
+        title=HOSTILE, party=HOSTILE, session=HOSTILE, information=values, cost=rows, leakage=rows, notes=[HOSTILE],
     )  # fmt: skip
     assert text_of(shown).count("{{ 7*7 }}&amp;") >= 18 and "49&amp;" not in shown
     for live in ("<script", "<img", "'><", "onerror=alert(1)>"):

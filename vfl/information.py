@@ -157,7 +157,8 @@ def measure(
     agreement says so, everybody's: party, column, iv, and by class where there are several.
 
     Reveals:
-        What `label_holder`, `feature_holder` and, with values_to_label_holder, `tell_values` reveal; no more.
+        To every party: what `label_holder`, `feature_holder` and, with values_to_label_holder, `tell_values` reveal;
+        no more.
     """
     agreed = session.agreement.information
     if agreed is None:

@@ -23,7 +23,7 @@ from parties.identity import Identity
 from parties.party_file import Party
 from psi.job import offered
 from tests.world import build, colonnade, customers, together
-from vfl import job
+from vfl.job_input import prepare
 
 TABLES = {name: table for name, table in customers(180).items() if name != "telco"}
 
@@ -228,7 +228,7 @@ def test_repeated_rows_are_aggregated_as_our_file_says(tmp_path: Path) -> None:
     own = paths["shop"]
     altered(own, ("[table]", '[table]\nduplicates = "aggregate"\n'
                   'aggregate = { spend = "sum", age = "mean", top = "max", visits = "count" }'))  # fmt: skip
-    prepared = job.prepare(Party(own))
+    prepared = prepare(Party(own))
     plain = table.assign(id=table["id"].map(key)).groupby("id", sort=False).agg(
         {"spend": "sum", "age": "mean", "top": "max", "visits": "count"}
     )  # fmt: skip
@@ -246,7 +246,7 @@ def test_rows_of_one_customer_with_different_labels_cannot_be_aggregated(tmp_pat
         paths["bank"], ("[table]", '[table]\nduplicates = "aggregate"\naggregate = { income = "mean", years = "max" }')
     )
     with pytest.raises(LocalError, match="column 'bad': 3 ids have rows of different labels"):
-        job.prepare(Party(paths["bank"]))
+        prepare(Party(paths["bank"]))
 
 
 # ---- faults

@@ -26,7 +26,8 @@ from vfl import sgd
 from vfl.bottoms import Linear, initial
 from vfl.encryption.paillier import generate
 from vfl.messages import Plan
-from vfl.neural import VerticalMLP, VerticalMLPClassifier, VerticalMLPRegressor
+from vfl.neural import VerticalMLPClassifier, VerticalMLPRegressor
+from vfl.neural_estimator import VerticalMLP
 from vfl.neural_plan import Clauses
 from vfl.open_messages import EpochEnd, OpenGradient, SeparateEmbedding
 from vfl.optimisers import Adam, Rule, Sgd, load_torch

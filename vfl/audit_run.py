@@ -22,7 +22,7 @@ from parties.tables import Source, read_table
 from psi.identifiers import Identifiers, canonical
 from vfl.audit import Audit, Case, audit, columns_case, joint_case, labels_case
 from vfl.console import out
-from vfl.job import Prepared, prepare
+from vfl.job_input import Prepared, prepare
 from vfl.losses import Vector
 from vfl.preparation import fit
 

@@ -123,10 +123,10 @@ def check(path: PartyPath) -> None:
     agreement, trains = party.agreement, bool(party.file.table.features or party.file.table.label)
     house, ours, cost = House(party), None, None
     if trains:
-        from vfl import job as model_job
+        from vfl import job_input
         from vfl.estimate import estimate
 
-        ours = model_job.prepare(party, look=lambda table: show_ids(party, table))
+        ours = job_input.prepare(party, look=lambda table: show_ids(party, table))
         prepared: Prepared = ours
         cost = estimate(agreement, len(ours.ids), len(ours.fitted.names))
     else:

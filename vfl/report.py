@@ -22,9 +22,10 @@ from parties.party_file import Party
 from vfl import html
 from vfl.encryption.choice import strength
 from vfl.estimator import VerticalLinearModel
-from vfl.job import Outcome, Prepared
+from vfl.job import Outcome
+from vfl.job_input import Prepared
 from vfl.meter import Cell, reading_rows
-from vfl.neural import VerticalMLP
+from vfl.neural_estimator import VerticalMLP
 from vfl.task import shown
 
 SINGLE_HOLDER = (

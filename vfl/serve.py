@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from vfl.estimator import VerticalLinearModel
-    from vfl.job import Prepared
+    from vfl.job_input import Prepared
     from vfl.losses import Matrix, Vector
 
 log = logging.getLogger("colonnade")
@@ -122,7 +122,7 @@ def run(
     """Everything at one party, over the network: align the rows of `source` afresh, then score on request. The label
     holder reads the descriptor `requests` and writes `output`. How many requests, or rows, were answered."""
     from vfl.estimator import VerticalLinearModel
-    from vfl.job import prepare
+    from vfl.job_input import prepare
     from vfl.scoring import answer
 
     model = VerticalLinearModel.load(share)

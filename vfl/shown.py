@@ -15,7 +15,7 @@ from vfl.console import out
 
 if TYPE_CHECKING:
     from vfl.estimate import Estimate
-    from vfl.job import Prepared as PreparedColumns
+    from vfl.job_input import Prepared as PreparedColumns
 
 
 def show_ids(party: Party, table: DataTable) -> None:

@@ -20,7 +20,8 @@ from vfl.estimator import VerticalLinearModel
 from vfl.evaluation import Evaluation, compare
 from vfl.linear import VerticalLogisticRegression, VerticalPoissonRegressor, VerticalRidge
 from vfl.losses import Matrix, Vector
-from vfl.neural import VerticalMLP, VerticalMLPClassifier, VerticalMLPRegressor
+from vfl.neural import VerticalMLPClassifier, VerticalMLPRegressor
+from vfl.neural_estimator import VerticalMLP
 
 log = logging.getLogger("colonnade")
 LabelUse = Literal["binary", "classes", "numbers"]

@@ -27,6 +27,7 @@ from psi.job import House
 from psi.report import as_file
 from tests.world import build
 from vfl import job
+from vfl.job_input import prepare
 from vfl.report import summarise, write_outcome
 
 ROWS, MARKED = 130, 6
@@ -61,7 +62,7 @@ def run(tmp_path_factory) -> dict[str, Any]:
     bank = paths["bank"]
     bank.write_text(bank.read_text().replace('positive = "yes"', f'positive = "{WORD}yes"'))
     members = {name: Party(path) for name, path in paths.items()}
-    prepared = {name: job.prepare(party) for name, party in members.items()}
+    prepared = {name: prepare(party) for name, party in members.items()}
     for party in members.values():
         party.output.mkdir(parents=True)
     left: dict[str, bytes] = {}
@@ -309,7 +310,7 @@ def members(tmp_path_factory) -> dict[str, Path]:
 def refusal(path: Path) -> str:
     """The refusal with its traceback, as a log or a ticket would hold it."""
     with pytest.raises(ColonnadeError) as caught:
-        job.prepare(Party(path))
+        prepare(Party(path))
     assert "\n" not in str(caught.value)
     return str(caught.value) + "".join(traceback.format_exception(caught.value))
 

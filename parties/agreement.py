@@ -117,6 +117,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     learning_rate: Positive = 0.1
     batch_size: Count = 256
     epochs: Count = 5
+    early_stopping: bool = False
     test_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.2
     seed: Annotated[int, Meta(ge=0)] = 0
     minimum_rows_off_mode: Annotated[int, Meta(ge=10)] = 10
@@ -208,6 +209,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         self._check_roles("label holder", "feature holder", most=16)
         if self.network != Network() and not self.is_network:
             raise ValueError('[network] needs kind = "network classifier" or "network regressor" in [model]')
+        if self.model.early_stopping and (self.is_network or self.model.solver != "sgd"):
+            raise ValueError('early_stopping of [model] needs solver = "sgd"; a network has its own in [network]')
         if self.search is not None:
             self.search.check(self.model.kind, self.model.solver)
         if self.information is not None:

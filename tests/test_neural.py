@@ -29,8 +29,9 @@ from vfl.messages import Plan
 from vfl.neural import VerticalMLPClassifier, VerticalMLPRegressor
 from vfl.neural_estimator import VerticalMLP
 from vfl.neural_plan import Clauses
-from vfl.open_messages import EpochEnd, OpenGradient, SeparateEmbedding
+from vfl.open_messages import OpenGradient, SeparateEmbedding
 from vfl.optimisers import Adam, Rule, Sgd, load_torch
+from vfl.search_messages import EpochEnd
 
 torch = pytest.importorskip("torch", reason="networks need the extra 'torch'")
 torch.set_num_threads(1)  # small matrices, and a thread for each party

@@ -32,7 +32,8 @@ from vfl.linear import (
 )
 from vfl.messages import PartialEmbedding, Plan
 from vfl.search import Allowance, Outcome, search, split
-from vfl.search_messages import Choice, Patience
+from vfl.search_messages import Choice
+from vfl.solver import Patience
 
 EXACT = {"solver": "newton-cholesky", "tol": 1e-12, "max_iter": 1000}
 SEED = 3

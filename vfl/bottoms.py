@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from parties.errors import LocalError
 from vfl.inputs import matrix
 from vfl.losses import Matrix
-from vfl.optimisers import Rule, load_torch
+from vfl.optimisers import Rule, load_torch, resume_torch, torch_state
+from vfl.resume import State, under, within
 
 Randomness = Callable[[int], bytes]
 Tensors = dict[str, NDArray[np.float64]]
@@ -58,6 +59,15 @@ class Linear:
 
     def restore(self, tensors: Mapping[str, NDArray[np.float64]]) -> None:
         self.weights = tensors["weights"]
+
+    def state(self) -> State:
+        """All that training depends on, by name."""
+        return self.tensors() | under("bottom optimiser", self._optimiser.state)
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where a bottom stood that had this state."""
+        self.restore(state)
+        self._optimiser.resume(within("bottom optimiser", state))
 
 
 class Deep:
@@ -101,6 +111,15 @@ class Deep:
     def restore(self, tensors: Mapping[str, NDArray[np.float64]]) -> None:
         put_state(self.module, "bottom", tensors)
 
+    def state(self) -> State:
+        """All that training depends on, by name."""
+        return self.tensors() | under("bottom optimiser", torch_state(self._optimiser))
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where a bottom stood that had this state."""
+        self.restore(state)
+        resume_torch(self._optimiser, within("bottom optimiser", state))
+
 
 def columns_of(X: Any, may_be_empty: bool, rows: int | None = None) -> tuple[Matrix, list[str]]:
     """What a linear bottom takes, and its columns' names; None stands for `rows` rows of none. Raises LocalError."""
@@ -134,13 +153,13 @@ def frozen(bottom: Any, X: Any) -> Matrix:
 
 def state_of(module: Any, prefix: str) -> Tensors:
     """A module's parameters and buffers by name, as float64 copies."""
-    return {f"{prefix}.{name}": value.numpy().astype(np.float64) for name, value in module.state_dict().items()}
+    return under(prefix, {name: value.numpy().astype(np.float64) for name, value in module.state_dict().items()})
 
 
 def put_state(module: Any, prefix: str, tensors: Mapping[str, NDArray[np.float64]]) -> None:
     """The reverse. Raises LocalError: the module has other names or shapes."""
     torch, own = load_torch(), module.state_dict()
-    given = {name.removeprefix(f"{prefix}."): tensors[name] for name in tensors if name.startswith(f"{prefix}.")}
+    given = within(prefix, tensors)
     if {name: tuple(value.shape) for name, value in own.items()} != {name: v.shape for name, v in given.items()}:
         raise LocalError(f"the {prefix} module has other parameters than the one that was trained; construct that one")
     module.load_state_dict({name: torch.as_tensor(given[name]).to(value.dtype) for name, value in own.items()})

@@ -25,8 +25,8 @@ from vfl.preparation import FittedColumns
 from vfl.resume import ANEW, Checkpoints, Start
 from vfl.secure_sum import Contribution, sum_embeddings
 from vfl.share import ModelShare
-from vfl.solver import Result
-from vfl.training import Batches, Setup, agree, batches, prepare, say_why
+from vfl.solver import Result, Schedule
+from vfl.training import Setup, agree, prepare, say_why, schedule
 
 SOLVERS = ("subspace", "sgd", "proximal")
 
@@ -43,6 +43,8 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
             Poisson: times the standard deviation of y).
         max_iter: the most encrypted exchanges; sgd that needs more is refused.
         epochs, learning_rate, batch_size, random_state: sgd only; random_state is shared, it is no secret.
+        early_stopping: sgd only: hold out validation_fraction of the rows; stop after n_iter_no_change epochs without a
+            mean loss smaller by tol, and keep the weights of the best one.
 
     What protects the parties is not a parameter but in the agreement ([model]): max_exchanges, minimum_rows_off_mode,
     allow_reconstruction, residual_range.
@@ -51,7 +53,8 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
         coef_ (m, d) for our d columns; intercept_ (m,), zero but at the label holder; n_iter_ exchanges; converged_;
         terms_, how the exchanges were encrypted; readings_, what training disclosed; feature_names_in_; training_ the
         session's id in hex; alone_ (label holder) scikit-learn's model of its own columns, from which training started;
-        objective_, gradient_norm_ (label holder); classes_ (label holder, classifiers).
+        objective_, gradient_norm_ (label holder); validation_losses_, an epoch each (label holder, early stopping);
+        classes_ (label holder, classifiers).
     """
 
     _strength: ClassVar[str]  # the parameter that says how strong the penalty is
@@ -75,8 +78,8 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
             To the label holder: numbers of columns; per exchange, the sum over the feature holders of their embeddings
             (one feature holder: its own), m numbers a row, and of scalar products of the solver's history.
             To a feature holder: its own aggregate gradient, d * m numbers an exchange, and the solver's coefficients,
-            among them products of all feature holders' gradients. To all: everybody's number of columns, rank and
-            magnitude, the number of outputs m.
+            among them products of all feature holders' gradients; with early stopping, which epoch was the best. To
+            all: everybody's number of columns, rank and magnitude, the number of outputs m.
         Raises:
             LocalError: input that cannot be trained on, before anything is sent. Refused, PeerLost,
             ProtocolViolation: see the errors.
@@ -88,10 +91,9 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
         loss, targets = (None, np.empty((len(x), 0))) if y is None else self._target(y, len(x))
         weights = row_weights(sample_weight, len(x))
         agreed = session.agreement.model
-        plan: Batches = ()
-        if self.solver == "sgd":
-            allowed = min(self.max_iter, agreed.max_exchanges)
-            plan = batches(len(x), self.batch_size, self.epochs, self.random_state, allowed)
+        plan = self._schedule(len(x), min(self.max_iter, agreed.max_exchanges)) if self.solver == "sgd" else None
+        if plan is not None:
+            _check_trainable(np.delete(targets, plan.validation, axis=0))
         setup = prepare(
             session,
             f"fit {type(self).__name__}",
@@ -100,8 +102,8 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
             names,
             tolerance=self.tol,
             exchanges=self.max_iter,
-            batches=plan,
-            epochs=self.epochs if plan else 1,
+            batches=() if plan is None else plan.batches,
+            epochs=1 if plan is None else self.epochs,
             outputs=targets.shape[1],
             bounded=loss is not None and loss.bounded and weights.max(initial=1.0) <= 1,
         )
@@ -117,21 +119,23 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
             else None,
         )
         start = ANEW if checkpoints is None else checkpoints.start(session, resume=resume)
+        within = None if plan is None else replace(plan, batches=setup.batches)
         if loss is None:
-            result = self._fit_feature_holder(session, setup, meter, start)
+            result = self._fit_feature_holder(session, setup, within, meter, start)
         else:
             problem = self._problem(loss, targets, weights)
-            result = self._fit_label_holder(session, x, problem, setup, meter, start, secret)
+            result = self._fit_label_holder(session, x, problem, setup, within, meter, start, secret)
         if checkpoints is not None:
             checkpoints.clear()
-        if plan:
-            result = replace(result, converged=len(setup.batches) == len(plan))
+        if plan is not None and not result.converged:
+            result = replace(result, converged=len(setup.batches) == len(plan.batches))
         if not result.converged:
             say_why(result, setup.limits, min(self.max_iter, agreed.max_exchanges))
         self.coef_, self.intercept_ = result.weights.T, result.intercept
         self.n_iter_, self.converged_, self.terms_ = result.exchanges, result.converged, setup.terms
         self.readings_ = meter.readings
         self.objective_, self.gradient_norm_ = result.objective, result.gradient_norm
+        self.validation_losses_ = list(result.validation)
         self.n_features_in_, self.feature_names_in_ = x.shape[1], np.array(names, dtype=object)
         self.training_, self.agreement_, self.party_ = session.id.hex(), session.agreement.digest.hex(), session.name
         return self
@@ -142,6 +146,7 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
         x: Matrix,
         problem: Problem,
         setup: Setup,
+        schedule: Schedule | None,
         meter: Meter,
         start: Start,
         secret: SecretKey | None,
@@ -150,21 +155,35 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
         inner.fit(x)
         self.alone_ = inner.snapshot()
         end = offer_key(session, setup.terms, secret)
-        if self.solver == "subspace":
-            return subspace.label_holder(session, x, problem, inner, setup.limits, end, meter, start)
+        if schedule is not None:
+            return sgd.label_holder(session, x, problem, self.learning_rate, schedule, end, meter, start)
         if self.solver == "proximal":
             return proximal.label_holder(session, x, problem, self._l1(len(x)), inner, setup.limits, end, meter)
-        return sgd.label_holder(session, x, problem, inner, self.learning_rate, setup.batches, end, meter, start)
+        return subspace.label_holder(session, x, problem, inner, setup.limits, end, meter, start)
 
-    def _fit_feature_holder(self, session: Session, setup: Setup, meter: Meter, start: Start) -> Result:
+    def _fit_feature_holder(
+        self, session: Session, setup: Setup, schedule: Schedule | None, meter: Meter, start: Start
+    ) -> Result:
         end = accept_key(session, setup.terms, setup.x)
         contribution, n = Contribution(session), len(setup.x)
-        if self.solver == "subspace":
-            return subspace.feature_holder(session, self._l2(n), setup.limits, end, contribution, meter, start)
+        if schedule is not None:
+            rate = self.learning_rate
+            return sgd.feature_holder(session, self._l2(n), rate, schedule, end, contribution, meter, start)
         if self.solver == "proximal":
             return proximal.feature_holder(session, self._l2(n), self._l1(n), setup.limits, end, contribution, meter)
-        return sgd.feature_holder(
-            session, self._l2(n), self.learning_rate, setup.batches, end, contribution, meter, start
+        return subspace.feature_holder(session, self._l2(n), setup.limits, end, contribution, meter, start)
+
+    def _schedule(self, rows: int, allowed: int) -> Schedule:
+        held = self.validation_fraction if self.early_stopping else 0.0
+        return schedule(
+            rows,
+            self.batch_size,
+            self.epochs,
+            self.random_state,
+            allowed,
+            held=held,
+            patience=self.n_iter_no_change,
+            tolerance=self.tol,
         )
 
     def _problem(self, loss: Loss, targets: Matrix, weights: Vector) -> Problem:
@@ -254,9 +273,13 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
     def _check_parameters(self) -> None:
         if self.solver not in SOLVERS:
             raise LocalError(f"unknown solver {self.solver!r}; known: {', '.join(SOLVERS)}")
-        for name in ("tol", "max_iter", "epochs", "learning_rate", "batch_size"):
+        for name in ("tol", "max_iter", "epochs", "learning_rate", "batch_size", "n_iter_no_change"):
             if not getattr(self, name) > 0:
                 raise LocalError(f"{name} must be positive")
+        if not 0 < self.validation_fraction < 1:
+            raise LocalError("validation_fraction is between 0 and 1")
+        if self.early_stopping and self.solver != "sgd":
+            raise LocalError("early_stopping needs solver = 'sgd': the other solvers go to the optimum")
         if not 0 <= self.l1_ratio <= 1:
             raise LocalError("l1_ratio is between 0 and 1")
         if self.l1_ratio and self.solver != "proximal":
@@ -264,6 +287,15 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
         strength = getattr(self, self._strength)
         if not (strength > 0 or (strength == 0 and self._strength == "alpha")):
             raise LocalError(f"{self._strength} must be positive")
+
+
+def _check_trainable(targets: Matrix) -> None:
+    """Raises LocalError when targets (b, m) of the rows that train have a constant column: a class lacks."""
+    if len(targets) and any(np.ptp(column) == 0 for column in targets.T):
+        raise LocalError(
+            "without the rows that are held out for validation a class has no row, or all targets are alike; drop rare "
+            "classes, or use another random_state"
+        )
 
 
 def _family(model: type[VerticalLinearModel]) -> Iterator[Any]:

@@ -29,7 +29,7 @@ from vfl.job_input import Prepared, fitted_on, prepare
 from vfl.losses import Matrix, Vector
 from vfl.neural_estimator import VerticalMLP
 from vfl.preparation import FittedColumns, FittedNumber
-from vfl.resume import Checkpoints
+from vfl.resume import EVERY, OPEN_EVERY, Checkpoints
 from vfl.search import Outcome as Searched
 from vfl.search import search
 from vfl.task import estimator, evaluate, linear, load_share, scores
@@ -83,12 +83,11 @@ def train(
     if not len(common):
         raise Refused("no customer is common to all parties; are the ids of one kind, and the rule right?")
     told = _information(session, prepared, common)
-    if folder is None or session.agreement.search is not None or session.agreement.is_network:
+    if folder is None or session.agreement.search is not None:
         return _train_on(session, prepared, common, report, None, False, told)
-    job = _job(session.agreement, prepared)
-    facts = {"session": session.id.hex(), "information": told}
-    write_checkpoint(folder / ALIGNMENT, job, facts, {"rows": common.astype("<i8")})
-    return _train_on(session, prepared, common, report, Checkpoints(folder, _of(job, session.id.hex())), False, told)
+    job, name = _job(session.agreement, prepared), session.id.hex()
+    write_checkpoint(folder / ALIGNMENT, job, {"session": name, "information": told}, {"rows": common.astype("<i8")})
+    return _train_on(session, prepared, common, report, _checkpoints(folder, session.agreement, job, name), False, told)
 
 
 def _information(session: Session, prepared: Prepared, common: NDArray[np.int64]) -> dict[str, Any]:
@@ -111,9 +110,10 @@ def _job(agreement: Agreement, prepared: Prepared) -> bytes:
     return digest.digest()
 
 
-def _of(job: bytes, session: str) -> bytes:
-    """A job on the rows that a session found."""
-    return hashlib.sha256(job + bytes.fromhex(session)).digest()
+def _checkpoints(folder: Path, agreement: Agreement, job: bytes, session: str) -> Checkpoints:
+    """Of a job on the rows that a session found. In open mode the leak meter's state is large, and steps are quick."""
+    of = hashlib.sha256(job + bytes.fromhex(session)).digest()
+    return Checkpoints(folder, of, OPEN_EVERY if agreement.network.mode == "open" else EVERY)
 
 
 def _train_on(
@@ -142,11 +142,8 @@ def _train_on(
             model = searched.model
         else:
             model = estimator(session.agreement)
-            if isinstance(model, VerticalLinearModel):
-                weights = None if prepared.weights is None else prepared.weights[common][~test]
-                model.fit(mine, target, session=session, sample_weight=weights, checkpoints=checkpoints, resume=resume)
-            else:
-                model.fit(mine, target, session=session)
+            weights = None if prepared.weights is None else prepared.weights[common][~test]
+            model.fit(mine, target, session=session, sample_weight=weights, checkpoints=checkpoints, resume=resume)
     found, evaluation = None, None
     if test.any():
         with session.phase("score"):
@@ -235,10 +232,9 @@ def resume(party: Party, progress: Progress, note: Callable[[str], None]) -> Out
         raise LocalError(f"{party.output / 'psi_report.json'} is of another run; run without --resume")
     task = f"resume {report.session[:32]}"
     with psi_job.meeting(house, approval, task, RESUMED, progress, note) as session:
-        checkpoints = Checkpoints(party.output, _of(found.job, report.session))
-        outcome = _train_on(
-            session, prepared, found.arrays["rows"], report, checkpoints, True, found.facts["information"]
-        )
+        checkpoints = _checkpoints(party.output, party.agreement, found.job, report.session)
+        rows, told = found.arrays["rows"], found.facts["information"]
+        outcome = _train_on(session, prepared, rows, report, checkpoints, True, told)
     (party.output / ALIGNMENT).unlink(missing_ok=True)
     return _closed(outcome, session)
 

@@ -68,8 +68,8 @@ def prepare(
     label = choice.label if trained is None else ""
     use = label_use(agreement.model, choice.positive)
     weight = choice.weight if label else ""
-    if weight and (agreement.is_network or agreement.search is not None):
-        raise Refused(f"{party.path}: a network or a search takes no weights; take weight out of [table]")
+    if weight and agreement.search is not None:
+        raise Refused(f"{party.path}: a search takes no weights; take weight out of [table]")
     wanted, binary = (names, label) if use == "binary" or not label else ([*names, label], "")
     wanted = [*wanted, weight] if weight else wanted
     read = psi_job.prepare(

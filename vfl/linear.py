@@ -39,6 +39,9 @@ class VerticalLogisticRegression(ClassifierMixin, VerticalLinearModel):  # type:
         epochs: int = 5,
         learning_rate: float = 0.1,
         batch_size: int = 256,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 5,
         random_state: int = 0,
     ) -> None:
         self.C = C
@@ -50,6 +53,9 @@ class VerticalLogisticRegression(ClassifierMixin, VerticalLinearModel):  # type:
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
         self.random_state = random_state
 
     def _target(self, y: Any, rows: int) -> tuple[Loss, Matrix]:
@@ -103,6 +109,9 @@ class VerticalRidge(RegressorMixin, VerticalLinearModel):  # type: ignore[misc]
         epochs: int = 5,
         learning_rate: float = 0.01,
         batch_size: int = 256,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 5,
         random_state: int = 0,
     ) -> None:
         self.alpha = alpha
@@ -114,6 +123,9 @@ class VerticalRidge(RegressorMixin, VerticalLinearModel):  # type: ignore[misc]
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
         self.random_state = random_state
 
     def _target(self, y: Any, rows: int) -> tuple[Loss, Matrix]:
@@ -145,6 +157,9 @@ class VerticalLinearRegression(VerticalRidge):
         epochs: int = 5,
         learning_rate: float = 0.01,
         batch_size: int = 256,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 5,
         random_state: int = 0,
     ) -> None:
         self.fit_intercept = fit_intercept
@@ -154,6 +169,9 @@ class VerticalLinearRegression(VerticalRidge):
         self.epochs = epochs
         self.learning_rate = learning_rate
         self.batch_size = batch_size
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
         self.random_state = random_state
 
     alpha = l1_ratio = 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,18 @@ class Meter:
         self._disclosed = max(self._disclosed, int(self._times[place].max(initial=0)))
         if self.y is not None:
             self._correlation = max(self._correlation or 0.0, label_correlation(values, self.y[place]))
+
+    @property
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What a training that goes on later must still count."""
+        return {"meter.times": self._times.astype("<i8"), "meter.correlation": np.array([self._correlation or 0.0])}
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where the meter stood that had this state."""
+        self._times = state["meter.times"].astype(np.int32)
+        self._disclosed = int(self._times.max(initial=0))
+        if self.y is not None:
+            self._correlation = float(state["meter.correlation"][0])
 
     def read(self, width: int, leak_auc: float | None = None) -> Stop | None:
         """After an exchange, or an epoch of batches: a reading, and whether the agreement forbids to disclose another

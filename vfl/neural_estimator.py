@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from vfl import split
 from vfl.bottoms import Deep, Linear, Randomness, columns_of, frozen, initial, inputs_of, put_state
 from vfl.encryption.paillier import SecretKey
 from vfl.exchange import LabelEnd, accept_key, offer_key
-from vfl.inputs import matrix
-from vfl.losses import Matrix
+from vfl.inputs import matrix, row_weights
+from vfl.losses import Matrix, Vector
 from vfl.neural_plan import Clauses, check_consent, plan
 from vfl.neural_share import NetworkShare, plain
 from vfl.open_split import DEFENCES, Guard
 from vfl.optimisers import Rule
 from vfl.preparation import FittedColumns
+from vfl.resume import ANEW, Checkpoints, Start
 from vfl.secure_sum import Contribution
 from vfl.split import Merge
 from vfl.top import Top, perceptron
@@ -121,13 +123,18 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         y: Any = None,
         *,
         session: Session,
+        sample_weight: Any = None,
         clauses: Clauses | None = None,
+        checkpoints: Checkpoints | None = None,
+        resume: bool = False,
         secret: SecretKey | None = None,
         randomness: Randomness = os.urandom,
     ) -> VerticalMLP:
         """Train with every other party of the session. X (n, d) float, or what `bottom` takes, rows aligned (the label
-        holder may have none: None); y (n,) at the label holder only. `clauses`: None, those of the session's agreement.
-        `secret` and `randomness` replay in tests.
+        holder may have none: None); y (n,) and sample_weight (n,) at the label holder only: a batch's loss is the mean
+        of its rows' losses times their weights. `clauses`: None, those of the session's agreement. With `checkpoints`
+        our state is kept every few exchanges; with `resume` all go on from the last that all have. `secret` and
+        `randomness` replay in tests.
 
         Reveals:
             To the label holder: numbers of columns; per batch and epoch m numbers a row, the sum over the feature
@@ -144,16 +151,24 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         if session.is_label_holder != (y is not None):
             raise LocalError("the label holder gives y, feature holders give None")
         x, names = self._features(X, session, None if y is None else len(y))
+        weights = row_weights(sample_weight, len(x))
+
+        def start() -> Start:
+            return ANEW if checkpoints is None else checkpoints.start(session, resume=resume)
+
         if y is None:
-            self._fit_feature_holder(session, clauses, x, names, randomness)
+            self._fit_feature_holder(session, clauses, x, names, start, randomness)
         else:
-            self._fit_label_holder(session, clauses, x, names, y, secret, randomness)
+            self._fit_label_holder(session, clauses, x, names, y, weights, start, secret, randomness)
+        if checkpoints is not None:
+            checkpoints.clear()
         self.n_iter_ = self.epochs_
         self.converged_ = True  # a network has no optimum to reach
         self.gradient_norm_ = None
         self.readings_ = getattr(self, "readings_", [])
         if y is not None and x.shape[1]:
-            self.alone_ = (Ridge() if isinstance(self, RegressorMixin) else LogisticRegression(max_iter=1000)).fit(x, y)
+            alone = Ridge() if isinstance(self, RegressorMixin) else LogisticRegression(max_iter=1000)
+            self.alone_ = alone.fit(x, y, sample_weight=weights)
         self.feature_names_in_, self.n_features_in_ = np.array(names, dtype=object), len(names)
         self.training_, self.agreement_, self.party_ = session.id.hex(), session.agreement.digest.hex(), session.name
         return self
@@ -165,6 +180,8 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         x: Matrix,
         names: list[str],
         y: Any,
+        weights: Vector,
+        start: Callable[[], Start],
         secret: SecretKey | None,
         randomness: Randomness,
     ) -> None:
@@ -175,12 +192,13 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         bottom = Linear(x, initial(shape, x.shape[1], randomness), self._rule)
         top, hidden = self._top(merge.width, outputs, randomness), self._hidden(target)
         schedule, setup = plan(session, type(self).__name__, self._plain_params(), clauses, self._width, x, names)
+        begin = start()
         exchange: LabelEnd | Guard
         if setup is None:
             exchange = Guard(self.defence, clauses.leak_limit, self.epochs, hidden, merge.width, randomness)
         else:
             exchange = offer_key(session, setup.terms, secret)
-        self.course_ = split.label_holder(session, bottom, top, target, schedule, merge, exchange)
+        self.course_ = split.label_holder(session, bottom, top, target, weights, schedule, merge, exchange, begin)
         self.readings_ = exchange.readings if isinstance(exchange, Guard) else []
         self.epochs_, self.tensors_ = len(self.course_.losses), bottom.tensors() | top.tensors()
         self.terms_ = None if setup is None else setup.terms
@@ -188,13 +206,20 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
             log.warning("training stopped after %d epochs: %s", self.epochs_, self.course_.stopped)
 
     def _fit_feature_holder(
-        self, session: Session, clauses: Clauses, x: NDArray[np.float64], names: list[str], randomness: Randomness
+        self,
+        session: Session,
+        clauses: Clauses,
+        x: NDArray[np.float64],
+        names: list[str],
+        start: Callable[[], Start],
+        randomness: Randomness,
     ) -> None:
         bottom = self._bottom(x, randomness)
         schedule, setup = plan(session, type(self).__name__, self._plain_params(), clauses, self._width, x, names)
+        begin = start()
         end = None if setup is None else accept_key(session, setup.terms, setup.x)
-        contribution = Contribution(session)
-        self.epochs_ = split.feature_holder(session, bottom, schedule, self._merged(session, names), contribution, end)
+        contribution, merge = Contribution(session), self._merged(session, names)
+        self.epochs_ = split.feature_holder(session, bottom, schedule, merge, contribution, end, begin)
         self.tensors_ = bottom.tensors()
         self.terms_ = None if setup is None else setup.terms
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from parties.agreement import Agreement
 from parties.errors import Refused
 from parties.session import Session
-from vfl.split import Schedule
-from vfl.training import Setup, agree, batches, prepare
+from vfl.solver import Schedule
+from vfl.training import Setup, agree, prepare, schedule
 
 log = logging.getLogger("colonnade")
 ADAM_BITS = 26  # it divides small gradients by their own size, and what is rounded off with them
@@ -84,13 +84,18 @@ def plan(
     Raises:
         LocalError: our columns cannot be trained on. Refused, ProtocolViolation: a peer plans otherwise.
     """
-    epochs, seed, purpose = params["epochs"], params["random_state"], f"fit {kind}"
-    order = np.random.default_rng([seed, 1]).permutation(len(x))  # not a secret: all share it
-    held = np.sort(order[: round(params["validation_fraction"] * len(x)) if params["early_stopping"] else 0])
-    rest = np.setdiff1d(np.arange(len(x)), held)
-    most = session.agreement.model.max_exchanges
-    wanted = [rest[batch] for batch in batches(len(rest), params["batch_size"], epochs, seed, most)]
-    an_epoch, compared, setup = len(wanted) // epochs, {**params, **dataclasses.asdict(clauses)}, None
+    epochs, purpose = params["epochs"], f"fit {kind}"
+    wanted = schedule(
+        len(x),
+        params["batch_size"],
+        epochs,
+        params["random_state"],
+        session.agreement.model.max_exchanges,
+        held=params["validation_fraction"] if params["early_stopping"] else 0.0,
+        patience=params["n_iter_no_change"],
+        tolerance=params["tol"],
+    )
+    compared, setup = {**params, **dataclasses.asdict(clauses)}, None
     if params["mode"] == "open":
         agree(session, purpose, compared, x.reshape(len(x), math.prod(x.shape[1:])))
     else:
@@ -101,8 +106,8 @@ def plan(
             x,
             names,
             tolerance=params["tol"],
-            exchanges=len(wanted),
-            batches=wanted,
+            exchanges=len(wanted.batches),
+            batches=wanted.batches,
             epochs=epochs,
             outputs=width,
             bounded=False,
@@ -112,14 +117,14 @@ def plan(
                 f"{session.label_holder} plans with embeddings of width {setup.terms.width}, not {width}",
                 peer=session.label_holder,
             )
-        if len(setup.batches) < len(wanted):
+        if len(setup.batches) < len(wanted.batches):
             log.warning(
                 "training is for %d of %d epochs: with more the label holder could rebuild the feature holders' "
                 "columns; allow_reconstruction in the agreement lifts this",
-                len(setup.batches) // an_epoch,
+                len(setup.batches) // wanted.an_epoch,
                 epochs,
             )
-        wanted = list(setup.batches)
+        wanted = dataclasses.replace(wanted, batches=setup.batches)
         finest = min(scales.residual_bits for scales in setup.terms.scales.values())
         if params["optimiser"] == "adam" and finest < ADAM_BITS:
             log.warning(
@@ -128,4 +133,4 @@ def plan(
                 finest,
                 ADAM_BITS,
             )
-    return Schedule.of(wanted, an_epoch, held, params["n_iter_no_change"], params["tol"]), setup
+    return wanted, setup

@@ -1,4 +1,4 @@
-"""What only networks send: per-row matrices in clear, where the agreement consents, and the end of an epoch."""
+"""What only networks send: per-row matrices in clear, where the agreement consents."""
 
 from __future__ import annotations
 
@@ -30,12 +30,3 @@ class SeparateEmbedding(_Step):
     def __post_init__(self) -> None:
         super().__post_init__()
         _bounded(self.data)
-
-
-@kind(232, "control")
-@dataclass(frozen=True, eq=False)
-class EpochEnd(_Step):
-    """G -> k: whether the validation loss is the best so far (keep these weights), and whether training ends here."""
-
-    better: bool
-    stop: bool

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hmac
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from numpy.typing import NDArray
 
 from parties.channel import Channel
 from parties.errors import LocalError, blame
@@ -14,6 +19,7 @@ from vfl.leakage.meter import Reading, Stop, gradient_leak, stop
 from vfl.losses import Matrix
 from vfl.messages import LARGEST, VALUES_PER_PART
 from vfl.open_messages import OpenGradient, SeparateEmbedding
+from vfl.resume import State
 
 DEFENCES = ("marvell", "max_norm")
 InClear = OpenGradient | SeparateEmbedding
@@ -72,29 +78,51 @@ class Guard:
         width: int,
         randomness: Randomness = os.urandom,
     ) -> None:
-        self._defence, self._limit, self._labels, self._random = defence, leak_limit, labels, randomness
+        self._defence, self._limit, self._labels, self._key = defence, leak_limit, labels, randomness(32)
         self._allowed = sum_kl_within(leak_limit, epochs)
         self._now, self._all = np.zeros((len(labels), width)), np.zeros((len(labels), width))
-        self._epochs, self._sent = 0, np.zeros(len(labels), bool)  # rows of validation never are
+        self._sent = np.zeros(len(labels), bool)  # rows of validation never are
         self.readings: list[Reading] = []
 
-    def protect(self, gradients: Matrix, rows: Rows) -> Matrix:
-        """gradients (b, width) of these rows as they may leave."""
+    def protect(self, gradients: Matrix, rows: Rows, step: int) -> Matrix:
+        """gradients (b, width) of these rows as they may leave. Noise is drawn from a secret key, the step and the
+        gradients: a step that is done again after a resume gives the same message, never a second draw to average."""
+        random = self._noise(gradients, step)
         if self._defence == "marvell":
-            noisy = marvell(gradients, self._labels[rows, 0], self._allowed, self._random)
+            noisy = marvell(gradients, self._labels[rows, 0], self._allowed, random)
         else:
-            noisy = max_norm(gradients, self._random)
+            noisy = max_norm(gradients, random)
         self._now[rows], self._sent[rows] = noisy, True
         return noisy
+
+    def _noise(self, gradients: Matrix, step: int) -> Randomness:
+        key = hmac.digest(self._key, step.to_bytes(8, "little") + gradients.tobytes(), "sha256")
+        stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+        return lambda size: stream.update(bytes(size))
 
     def end_epoch(self) -> Stop | None:
         """Read the meter; whether training must stop."""
         self._all += self._now
-        self._epochs += 1
         leaks = [
             gradient_leak(seen[self._sent], column[self._sent])
-            for seen in (self._now, self._all / self._epochs)
+            for seen in (self._now, self._all / (len(self.readings) + 1))
             for column in self._labels.T
         ]
         self.readings.append(Reading({}, {}, max((leak for leak in leaks if not np.isnan(leak)), default=0.5)))
         return stop(self.readings[-1], width=0, allow_reconstruction=True, leak_limit=self._limit)
+
+    def state(self) -> State:
+        """What the meter has seen, and the key of the noise."""
+        return {
+            "guard.key": np.frombuffer(self._key, np.uint8),
+            "guard.now": self._now,
+            "guard.all": self._all,
+            "guard.sent": self._sent.astype(np.uint8),
+            "guard.leaks": np.array([reading.leak_auc for reading in self.readings], np.float64),
+        }
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where a guard stood that had this state."""
+        self._key = state["guard.key"].tobytes()
+        self._now, self._all, self._sent = state["guard.now"], state["guard.all"], state["guard.sent"].astype(bool)
+        self.readings = [Reading({}, {}, leak) for leak in state["guard.leaks"].tolist()]

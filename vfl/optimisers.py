@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parties.errors import LocalError
 from vfl.losses import Matrix
@@ -30,6 +31,15 @@ class Sgd:
         self._rate, self._momentum, self._decay = rate, momentum, decay
         self._velocity: Matrix | None = None
 
+    @property
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What the next step depends on besides the weights."""
+        return {} if self._velocity is None else {"velocity": self._velocity}
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where one stood that had this state."""
+        self._velocity = state.get("velocity")
+
     def step(self, weights: Matrix, gradient: Matrix) -> Matrix:
         """The next weights; shapes alike."""
         gradient = gradient + self._decay * weights
@@ -45,6 +55,16 @@ class Adam:
         self._mean: Any = 0.0
         self._square: Any = 0.0
         self._steps = 0
+
+    @property
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What the next step depends on besides the weights."""
+        mean, square = np.asarray(self._mean), np.asarray(self._square)
+        return {"mean": mean, "square": square, "steps": np.array(self._steps, "<i8")}
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where one stood that had this state."""
+        self._mean, self._square, self._steps = state["mean"], state["square"], int(state["steps"])
 
     def step(self, weights: Matrix, gradient: Matrix) -> Matrix:
         """The next weights; shapes alike."""
@@ -76,3 +96,25 @@ class Rule:
         if self.name == "adam":
             return optim.Adam(parameters, lr=self.rate, betas=BETAS, eps=EPSILON, weight_decay=self.decay)
         return optim.SGD(parameters, lr=self.rate, momentum=self.momentum, weight_decay=self.decay)
+
+
+def torch_state(optimiser: Any) -> dict[str, NDArray[Any]]:
+    """What the next step of `Rule.over` depends on besides the parameters, and torch's own randomness, which a dropout
+    layer draws from: arrays alone."""
+    moments = {
+        f"{number}.{name}": np.array(value, np.float64)
+        for number, own in optimiser.state_dict()["state"].items()
+        for name, value in own.items()
+        if value is not None
+    }
+    return moments | {"randomness": load_torch().get_rng_state().numpy()}
+
+
+def resume_torch(optimiser: Any, state: Mapping[str, NDArray[Any]]) -> None:
+    """Go on where one stood that had this state."""
+    torch, own = load_torch(), dict[int, dict[str, Any]]()
+    for key in state.keys() - {"randomness"}:
+        number, name = key.split(".", 1)
+        own.setdefault(int(number), {})[name] = torch.as_tensor(state[key])
+    optimiser.load_state_dict(optimiser.state_dict() | {"state": own})
+    torch.set_rng_state(torch.as_tensor(state["randomness"]))

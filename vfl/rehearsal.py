@@ -66,7 +66,7 @@ def rehearse(parts: Mapping[str, pd.DataFrame], y: Vector, agreed: Agreement) ->
         parties=here.parties,
         expires=here.expires,
         deadlines=here.deadlines,
-        model=msgspec.structs.replace(agreed.model, tolerance=NEVER),
+        model=msgspec.structs.replace(agreed.model, tolerance=NEVER, early_stopping=False),
         encryption=msgspec.structs.replace(agreed.encryption, scheme="lattice"),
     )
 

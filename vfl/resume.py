@@ -18,8 +18,19 @@ from parties.message import Array, Message, kind
 from parties.session import Session
 from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
 
-EVERY = 1
+EVERY, OPEN_EVERY = 1, 16  # exchanges
 KEPT = 2  # a party may be one checkpoint ahead of another
+State = dict[str, Array]
+
+
+def under(prefix: str, arrays: Mapping[str, Array]) -> State:
+    """One part's arrays, named as such within a state."""
+    return {f"{prefix}.{name}": array for name, array in arrays.items()}
+
+
+def within(prefix: str, state: Mapping[str, Array]) -> State:
+    """The reverse: of that part alone."""
+    return {name.removeprefix(f"{prefix}."): state[name] for name in state if name.startswith(f"{prefix}.")}
 
 
 @kind(213, "control", "<u4", 1)
@@ -37,11 +48,17 @@ class Kept(Message):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a role begins: after `exchanges`, with `arrays`; `keep` is called with the state after each exchange."""
+    """Where a role begins: after `exchanges`, with `arrays`; `keep` is called with the state after each exchange, or
+    when it is `due`: after every so many."""
 
     exchanges: int = 0
     arrays: Mapping[str, Array] = field(default_factory=dict)
     keep: Callable[[int, Mapping[str, Array]], None] = lambda exchanges, arrays: None
+    every: int = 0
+
+    def due(self, exchanges: int) -> bool:
+        """Whether a state after so many is kept at all: a large one need not be put together for nothing."""
+        return self.every > 0 and exchanges % self.every == 0
 
 
 ANEW = Start()
@@ -78,7 +95,7 @@ class Checkpoints:
 
     def start(self, session: Session, *, resume: bool) -> Start:
         """Where all go on together: from the last state that all have kept, or from the beginning. What is done again
-        is the last exchange at most, which comes out the same: the label holder learns nothing more.
+        are the last `every` exchanges at most, which come out the same: the label holder learns nothing more.
 
         Reveals:
             To all: how far our last training came.
@@ -87,14 +104,14 @@ class Checkpoints:
         """
         if not resume:
             self.clear()
-            return Start(keep=self.keep)
+            return Start(keep=self.keep, every=self._every)
         ours = self.kept()
         session.broadcast(Kept(np.array(ours, "<u4")))
         common = set(ours).intersection(*(set(one.data.tolist()) for one in session.gather(Kept).values()))
         last = max(common, default=0)
         if not ours:
             raise Refused("nothing was trained before it stopped; run without --resume")
-        if not last or last < max(ours, default=0) - 1:
+        if not last or last < max(ours, default=0) - self._every:
             raise Refused(
                 "no state that all parties have: going on would show the label holder more embeddings of the same rows "
                 "than were agreed; run without --resume"
@@ -102,4 +119,4 @@ class Checkpoints:
         for exchanges in set(ours) - common:  # ahead of the others: not to be mistaken for the new run's
             self._path(exchanges).unlink()
         found = read_checkpoint(self._path(last), self._job)
-        return Start(last, found.arrays if found else {}, self.keep)
+        return Start(last, found.arrays if found else {}, self.keep, self._every)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from parties.message import Message, kind
 from parties.search import MOST_CANDIDATES
+from vfl.messages import _Step
+
+
+@kind(232, "control")
+@dataclass(frozen=True, eq=False)
+class EpochEnd(_Step):
+    """G -> k: whether the validation loss is the best so far (keep these weights), and whether training ends here."""
+
+    better: bool
+    stop: bool
 
 
 @kind(250, "aggregate")
@@ -20,25 +29,3 @@ class Choice(Message):
         super().__post_init__()
         if not 0 <= self.index < MOST_CANDIDATES:
             raise ValueError("not the number of a candidate")
-
-
-@dataclass
-class Patience:
-    """When to stop early: after `patience` losses in a row of which none was below the least so far by more than
-    `minimum_improvement`. Of a figure that is better when larger, give its negative.
-
-    `improved`: whether the last loss was; then its weights are the ones to keep.
-    """
-
-    patience: int
-    minimum_improvement: float = 0.0
-    improved: bool = field(default=False, init=False)
-    _least: float = field(default=math.inf, init=False)
-    _stale: int = field(default=0, init=False)
-
-    def should_stop(self, loss: float) -> bool:
-        """To be called once for each loss, in order."""
-        self.improved = loss < self._least - self.minimum_improvement
-        self._stale = 0 if self.improved else self._stale + 1
-        self._least = min(self._least, loss)
-        return self._stale >= self.patience

@@ -17,15 +17,16 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from parties.errors import blame
 from parties.session import Session
 from vfl.bottoms import Deep, Linear, Rows, Tensors
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
-from vfl.losses import Matrix
-from vfl.open_messages import EpochEnd, OpenGradient, SeparateEmbedding
+from vfl.losses import Matrix, Vector
+from vfl.open_messages import OpenGradient, SeparateEmbedding
 from vfl.open_split import Guard, check_size, receive_rows, send_rows
+from vfl.resume import ANEW, Start, under, within
+from vfl.search_messages import EpochEnd
 from vfl.secure_sum import Contribution, sum_embeddings
-from vfl.solver import check_finite
+from vfl.solver import Patience, Schedule, check_finite, verdict
 from vfl.top import Top
 
 
@@ -47,27 +48,6 @@ class Merge:
     @property
     def width(self) -> int:
         return max(int(block.stop) for block in self.blocks.values())
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which rows are when, the same at all parties: `epochs` of batches, the rows of validation (maybe none), and after
-    how many epochs without a loss smaller by `tolerance` to stop."""
-
-    epochs: Sequence[Sequence[Rows]]
-    validation: Rows
-    patience: int
-    tolerance: float
-
-    @classmethod
-    def of(cls, batches: Sequence[Rows], an_epoch: int, validation: Rows, patience: int, tolerance: float) -> Schedule:
-        """From the batches of all epochs in a row, `an_epoch` of them each."""
-        epochs = [batches[start : start + an_epoch] for start in range(0, len(batches), an_epoch)]
-        return cls(epochs, validation, patience, tolerance)
-
-    @property
-    def exchanges(self) -> int:
-        return sum(map(len, self.epochs))
 
 
 @dataclass
@@ -113,53 +93,66 @@ def label_holder(
     bottom: Linear,
     top: Top,
     target: NDArray[np.float64] | NDArray[np.int64],
+    weights: Vector,
     schedule: Schedule,
     merge: Merge,
     exchange: LabelEnd | Guard,
+    start: Start = ANEW,
 ) -> Course:
-    """Train our bottom and top in place on target (n,), while every feature holder trains its bottom.
+    """Train our bottom and top in place on target (n,), rows weighted by weights (n,), while every feature holder
+    trains its bottom.
 
     Reveals:
-        To us: per batch what `collect` says.
+        To us: per batch, and per epoch for the rows of validation, what `collect` says.
         To a feature holder: encrypted, its own aggregate gradient X_k^T R; open, R a row, under noise: it leaks labels,
         which the guard bounds. Which epoch was the best, and when training stops.
     Raises:
         LocalError: the loss explodes, or residuals exceed the agreed range; the first names the exchange.
     """
-    course, kept, ours = Course(), dict[str, Tensors](), merge.blocks[session.name]
-    step = done = stale = 0
-    for batches in schedule.epochs:
-        total = 0.0
-        for rows in batches:
-            merged = collect(session, merge, bottom.embed(rows), step)
-            loss, residual = top.learn(merged, target[rows])
-            check_finite(np.append(residual, loss), done)
-            _return(session, merge, exchange, residual, rows, step)
-            bottom.back(rows, residual[:, ours] / len(rows))
-            total += loss * len(rows)
-            step, done = step + 1, done + 1
-            session.advance(done, schedule.exchanges)
-        course.losses.append(total / sum(map(len, batches)))
-        better = False
-        if len(schedule.validation):
-            merged = collect(session, merge, bottom.embed(schedule.validation), step)
-            course.validation.append(top.loss(merged, target[schedule.validation]))
-            check_finite(np.array(course.validation[-1:]), done)
-            better = course.validation[-1] < min(course.validation[:-1], default=np.inf) - schedule.tolerance
-            stale = 0 if better else stale + 1
-            step += 1
-        if better:
-            kept = {"bottom": bottom.tensors(), "top": top.tensors()}
-        if stale >= schedule.patience:
-            course.stopped = f"the validation loss has not improved for {stale} epochs"
-        if isinstance(exchange, Guard) and (halt := exchange.end_epoch()):
-            course.stopped = halt.reason
-        session.broadcast(EpochEnd(step, better, bool(course.stopped)))
-        if course.stopped:
-            break
-    if kept:
-        bottom.restore(kept["bottom"])
-        top.restore(kept["top"])
+    ours, patience = merge.blocks[session.name], Patience(schedule.patience, schedule.tolerance)
+    course, best, total, rows_seen = Course(validation=patience.losses), Tensors(), 0.0, 0
+    if start.exchanges:
+        bottom.resume(start.arrays)
+        top.resume(start.arrays)
+        if isinstance(exchange, Guard):
+            exchange.resume(start.arrays)
+        best = within("best", start.arrays)
+        course.losses += start.arrays["losses"].tolist()
+        patience.resume(start.arrays["validation"].tolist())
+        total, rows_seen = start.arrays["total"].tolist()
+    for done, rows in list(enumerate(schedule.batches, start=1))[start.exchanges :]:
+        step = schedule.step(done - 1)
+        merged = collect(session, merge, bottom.embed(rows), step)
+        loss, residual = top.learn(merged, target[rows], weights[rows])
+        check_finite(np.append(residual, loss), done - 1)
+        _return(session, merge, exchange, residual, rows, step)
+        bottom.back(rows, residual[:, ours] / len(rows))
+        total, rows_seen = total + loss * len(rows), rows_seen + len(rows)
+        session.advance(done, len(schedule.batches))
+        if schedule.ends_epoch(done):
+            course.losses.append(total / rows_seen)
+            total, rows_seen = 0.0, 0
+            held, better = schedule.validation, False
+            if len(held):
+                merged = collect(session, merge, bottom.embed(held), step + 1)
+                loss = top.loss(merged, target[held], weights[held])
+                check_finite(np.array([loss]), done - 1)
+                if patience.should_stop(loss):
+                    course.stopped = f"the validation loss has not improved for {patience.patience} epochs"
+                better = patience.improved
+            best = bottom.tensors() | top.tensors() if better else best
+            if isinstance(exchange, Guard) and (halt := exchange.end_epoch()):
+                course.stopped = halt.reason
+            session.broadcast(EpochEnd(schedule.step(done), better, bool(course.stopped)))
+            if course.stopped:
+                break
+        if start.due(done):
+            state = bottom.state() | top.state() | (exchange.state() if isinstance(exchange, Guard) else {})
+            seen = {"losses": np.array(course.losses), "validation": np.array(patience.losses)}
+            start.keep(done, state | under("best", best) | seen | {"total": np.array([total, rows_seen])})
+    if best:
+        bottom.restore(best)
+        top.restore(best)
     return course
 
 
@@ -168,7 +161,7 @@ def _return(
 ) -> None:
     """Give every feature holder what it learns from; residual (b, width): the derivative of a batch's summed loss."""
     if isinstance(exchange, Guard):
-        noisy = exchange.protect(residual / len(rows), rows)
+        noisy = exchange.protect(residual / len(rows), rows, step)
         for name, channel in session.channels.items():
             send_rows(channel, OpenGradient, noisy[:, merge.blocks[name]], step)
     elif merge.separate:
@@ -192,6 +185,7 @@ def feature_holder(
     merge: Merge,
     contribution: Contribution,
     end: FeatureEnd | None,
+    start: Start = ANEW,
 ) -> int:
     """Train our bottom in place, the mirror of `label_holder`; `end` is None in open mode. Returns the epochs.
 
@@ -202,30 +196,27 @@ def feature_holder(
         ProtocolViolation: a message of another step than is due. LocalError: the weights explode; names the step.
     """
     channel, block = session.channels[session.label_holder], merge.blocks[session.name]
-    kept: Tensors = {}
-    step = done = 0
-    epochs = 0
-    for epochs, batches in enumerate(schedule.epochs, start=1):  # noqa: B007
-        for rows in batches:
-            contribute(session, merge, contribution, bottom.embed(rows), step)
-            if end is not None and isinstance(bottom, Linear):
-                bottom.learn(weigh_gradient(end, step, rows) / len(rows))
-            else:
-                width = block.stop - block.start
-                bottom.back(rows, receive_rows(channel, OpenGradient, step, len(rows), width))
-            step, done = step + 1, done + 1
-            session.advance(done, schedule.exchanges)
-        if len(schedule.validation):
-            contribute(session, merge, contribution, bottom.embed(schedule.validation, learning=False), step)
-            step += 1
-        verdict = channel.receive(EpochEnd)
-        with blame(channel.peer):
-            if verdict.exchange != step:
-                raise ValueError("the end of another epoch than is due")
-        if verdict.better:
-            kept = bottom.tensors()
-        if verdict.stop:
-            break
-    if kept:
-        bottom.restore(kept)
-    return epochs
+    done, best = start.exchanges, within("best", start.arrays)
+    if start.exchanges:
+        bottom.resume(start.arrays)
+    for done, rows in list(enumerate(schedule.batches, start=1))[start.exchanges :]:
+        step = schedule.step(done - 1)
+        contribute(session, merge, contribution, bottom.embed(rows), step)
+        if end is not None and isinstance(bottom, Linear):
+            bottom.learn(weigh_gradient(end, step, rows) / len(rows))
+        else:
+            bottom.back(rows, receive_rows(channel, OpenGradient, step, len(rows), block.stop - block.start))
+        session.advance(done, len(schedule.batches))
+        if schedule.ends_epoch(done):
+            held = schedule.validation
+            if len(held):
+                contribute(session, merge, contribution, bottom.embed(held, learning=False), step + 1)
+            told = verdict(channel, schedule.step(done))
+            best = bottom.tensors() if told.better else best
+            if told.stop:
+                break
+        if start.due(done):
+            start.keep(done, bottom.state() | under("best", best))
+    if best:
+        bottom.restore(best)
+    return done // schedule.an_epoch

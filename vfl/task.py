@@ -60,6 +60,7 @@ def linear(model: Model) -> VerticalLinearModel:
         "epochs": model.epochs,
         "learning_rate": model.learning_rate,
         "batch_size": model.batch_size,
+        "early_stopping": model.early_stopping,
         "random_state": model.seed,
     }
     if model.kind == "linear regression":

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError
 from vfl.bottoms import Randomness, Tensors, initial, put_state, state_of
-from vfl.losses import Matrix
-from vfl.optimisers import Rule, load_torch
+from vfl.losses import Matrix, Vector
+from vfl.optimisers import Rule, load_torch, resume_torch, torch_state
+from vfl.resume import State, under, within
 
 
 def perceptron(sizes: Sequence[int], randomness: Randomness = os.urandom) -> Any:
@@ -32,7 +33,8 @@ def perceptron(sizes: Sequence[int], randomness: Randomness = os.urandom) -> Any
 class Top:
     """loss(module(merged + bias)) for merged embeddings (b, width), in float64; the module is a copy of the given one.
 
-    Cross entropy of `outputs` classes, or without classes half the squared error of one output.
+    Cross entropy of `outputs` classes, or without classes half the squared error of one output; each row's times its
+    weight.
     """
 
     def __init__(self, module: Any, width: int, outputs: int, classes: bool, rule: Rule) -> None:
@@ -47,11 +49,11 @@ class Top:
         if not fits:
             raise LocalError(f"the top does not make {outputs} outputs of {width} merged embeddings a row")
 
-    def learn(self, merged: Matrix, target: NDArray[Any]) -> tuple[float, Matrix]:
+    def learn(self, merged: Matrix, target: NDArray[Any], weights: Vector) -> tuple[float, Matrix]:
         """One step on a batch's mean loss; returns it and the derivative (b, width) of the *sum*, from before."""
         self._module.train()
         inputs = self._torch.tensor(merged, requires_grad=True)
-        loss = self._mean_loss(self._module(inputs + self._bias), target)
+        loss = self._mean_loss(self._module(inputs + self._bias), target, weights)
         self._optimiser.zero_grad()
         loss.backward()
         self._optimiser.step()
@@ -64,9 +66,9 @@ class Top:
             out: Matrix = self._module(self._torch.as_tensor(merged) + self._bias).numpy()
         return out
 
-    def loss(self, merged: Matrix, target: NDArray[Any]) -> float:
+    def loss(self, merged: Matrix, target: NDArray[Any], weights: Vector) -> float:
         """The mean loss, as in evaluation."""
-        return float(self._mean_loss(self._torch.as_tensor(self.outputs(merged)), target))
+        return float(self._mean_loss(self._torch.as_tensor(self.outputs(merged)), target, weights))
 
     def tensors(self) -> Tensors:
         return {"bias": self._bias.detach().numpy().copy(), **state_of(self._module, "top")}
@@ -77,8 +79,19 @@ class Top:
         with self._torch.no_grad():
             self._bias.copy_(self._torch.as_tensor(tensors["bias"]))
 
-    def _mean_loss(self, out: Any, target: NDArray[Any]) -> Any:
+    def state(self) -> State:
+        """All that training depends on, by name."""
+        return self.tensors() | under("top optimiser", torch_state(self._optimiser))
+
+    def resume(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on where a top stood that had this state."""
+        self.restore(state)
+        resume_torch(self._optimiser, within("top optimiser", state))
+
+    def _mean_loss(self, out: Any, target: NDArray[Any], weights: Vector) -> Any:
         wanted = self._torch.as_tensor(target)
         if self._classes:
-            return self._torch.nn.functional.cross_entropy(out, wanted)
-        return (out[:, 0] - wanted).square().mean() / 2
+            losses = self._torch.nn.functional.cross_entropy(out, wanted, reduction="none")
+        else:
+            losses = (out[:, 0] - wanted).square() / 2
+        return (self._torch.as_tensor(weights) * losses).mean()

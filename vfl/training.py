@@ -19,7 +19,7 @@ from vfl.exchange import Scales, Terms
 from vfl.inputs import check_columns, rank
 from vfl.losses import Matrix
 from vfl.messages import Plan
-from vfl.solver import Limits, Result
+from vfl.solver import Limits, Result, Schedule
 
 log = logging.getLogger("colonnade")
 NO_LIMIT = 1 << 30
@@ -127,15 +127,21 @@ def prepare(
     return Setup(terms, limits, batches[: limits.exchanges], fixed, ranks)
 
 
-def batches(rows: int, size: int, epochs: int, seed: int, allowed: int) -> Batches:
-    """All mini-batches, known to every party in advance. LocalError: more than are allowed."""
-    plan = sgd.batches(rows, size, epochs, seed)
+def schedule(
+    rows: int, size: int, epochs: int, seed: int, allowed: int, *, held: float, patience: int, tolerance: float
+) -> Schedule:
+    """All mini-batches, known to every party in advance, and the share `held` of the rows that is held out, by token
+    order. LocalError: more batches than are allowed."""
+    order = np.random.default_rng([seed, 1]).permutation(rows)  # not a secret: all share it
+    validation = np.sort(order[: round(held * rows)])
+    rest = np.setdiff1d(np.arange(rows), validation)
+    plan = [rest[batch] for batch in sgd.batches(len(rest), size, epochs, seed)]
     if len(plan) > allowed:
         raise LocalError(
-            f"sgd over {rows} rows needs {len(plan)} encrypted exchanges, {allowed} are allowed; use larger batches, "
+            f"{len(rest)} rows need {len(plan)} encrypted exchanges, {allowed} are allowed; use larger batches, "
             "fewer epochs, or agree on more exchanges"
         )
-    return plan
+    return Schedule(plan, len(plan) // epochs, validation, patience, tolerance)
 
 
 def say_why(result: Result, limits: Limits, wanted: int) -> None:
@@ -179,7 +185,7 @@ def _limits(
 
     Without consent the label holder gets fewer embeddings than the feature holders' columns have independent directions
     together: so many, or sums of them, let it rebuild these columns up to a linear map. [leakage] may say less. With
-    batches a row is embedded `outputs` times an epoch.
+    batches every row is embedded `outputs` times an epoch, one that is held out too.
     """
     agreed = session.agreement.model
     wanted = epochs * batches or min(exchanges, agreed.max_exchanges)

@@ -77,16 +77,19 @@ def train(
     then: Callable[[VerticalMLP, Session], Any] | None = None,
     agreed: Agreement | None = None,
     secret: Any = None,
+    fit: Callable[[str], Mapping[str, Any]] = lambda name: {},
     **options: Any,
 ) -> dict[str, Any]:
-    """What each party ended with: its model (or `then(model, session)`), or its exception."""
+    """What each party ended with: its model (or `then(model, session)`), or its exception. `fit`: what else a party
+    gives to `fit`."""
 
     def role(name: str) -> Callable[[Session], Any]:
         def run(session: Session) -> Any:
             model = kind(**{**params, **(own or {}).get(name, {})})
             labels = y if session.is_label_holder else None
             key = secret if session.is_label_holder else None
-            model.fit(parts[name], labels, session=session, clauses=clauses, secret=key, randomness=Stream(name))
+            given = {"session": session, "clauses": clauses, "secret": key, "randomness": Stream(name), **fit(name)}
+            model.fit(parts[name], labels, **given)
             return model if then is None else then(model, session)
 
         return run
@@ -111,8 +114,10 @@ class Joined(torch.nn.Module):
         return self.top(merged + self.bias)
 
 
-def centralised(network: Any, parts: Parts, y: np.ndarray, loss: Any, params: Mapping[str, Any]) -> None:
-    """PyTorch's own training of the joined network, in double precision."""
+def centralised(
+    network: Any, parts: Parts, y: np.ndarray, loss: Any, params: Mapping[str, Any], weights: Any = None
+) -> None:
+    """PyTorch's own training of the joined network, in double precision; with weights, `loss` is one a row."""
     rate, decay = params["learning_rate"], params["alpha"]
     if params["optimiser"] == "adam":
         optimiser: Any = torch.optim.Adam(network.parameters(), lr=rate, weight_decay=decay)
@@ -120,7 +125,8 @@ def centralised(network: Any, parts: Parts, y: np.ndarray, loss: Any, params: Ma
         optimiser = torch.optim.SGD(network.parameters(), lr=rate, momentum=params["momentum"], weight_decay=decay)
     for rows in sgd.batches(len(y), params["batch_size"], params["epochs"], 0):
         optimiser.zero_grad()
-        loss(network([torch.tensor(part[rows]) for part in parts.values()]), torch.tensor(y[rows])).backward()
+        value = loss(network([torch.tensor(part[rows]) for part in parts.values()]), torch.tensor(y[rows]))
+        (value if weights is None else (value * torch.tensor(weights[rows])).mean()).backward()
         optimiser.step()
 
 
@@ -180,6 +186,26 @@ def test_a_regressor_for_a_label_holder_without_columns_is_that_network_too():
     expected = 1 - np.square(y - predicted).sum() / np.square(y - y.mean()).sum()
     assert ended["bank"][1] == pytest.approx(expected, abs=1e-4)
     assert [score for _, score in ended.values()][1:] == [None, None]
+
+
+@pytest.mark.parametrize("kind", [VerticalMLPClassifier, VerticalMLPRegressor])
+def test_with_row_weights_it_is_the_network_that_pytorch_trains_with_the_weighted_loss(kind):
+    parts, y = table(3)
+    weights = np.random.default_rng(2).uniform(0, 3, len(y))
+    params = {"hidden_layer_sizes": (4,), "batch_size": 40, "epochs": 5} | STEPS["adam"]
+    outputs, loss = 2, torch.nn.CrossEntropyLoss(reduction="none")
+    if kind is VerticalMLPRegressor:
+        y, outputs, loss = np.tanh(parts["bank"][:, 0]), 1, lambda out, wanted: (out[:, 0] - wanted).square() / 2
+    top = top_of(4, outputs)
+    given = {"own": {"bank": {"top": top}}, "kind": kind, "agreed": agreement(3, {"residual_range": 16.0})}
+    ended = train(parts, y, params, fit=lambda name: {"sample_weight": weights} if name == "bank" else {}, **given)
+    network = Joined([initial((x.shape[1], 4), x.shape[1], Stream(name)) for name, x in parts.items()], top)
+    centralised(network, parts, y, loss, params, weights)
+    assert_same(ended, network)
+    plain = train(parts, y, params, **given)["bank"].tensors_["weights"]
+    assert np.abs(plain - ended["bank"].tensors_["weights"]).max() > 1e-3
+    bad = train(parts, y, params, fit=lambda name: {"sample_weight": -weights}, **given)["bank"]
+    assert isinstance(bad, LocalError) and "none negative" in str(bad)
 
 
 @pytest.mark.parametrize("merge", ["sum", "concatenation"])

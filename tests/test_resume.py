@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from parties.errors import LocalError, Refused
 from parties.memory import outcomes
 from parties.session import Session
-from tests.training import agreed, table
+from tests.training import Dies, agreed, table
 from tests.world import build, colonnade, customers, together
 from vfl import sgd
 from vfl.linear import VerticalLogisticRegression
@@ -35,28 +35,21 @@ def train(
     """All parties' models, or what stopped them; `stop_at` kills a party in place of its n-th checkpoint."""
     parts, y = table(3, 100)
 
-    class Dies(Checkpoints):
-        def __init__(self, name: str) -> None:
-            super().__init__(folder / name, JOB)
-            (folder / name).mkdir(exist_ok=True)
-            self._left = (stop_at or {}).get(name, 10**9)
-
-        def keep(self, exchanges: int, arrays: Any) -> None:
-            super().keep(exchanges, arrays)
-            if exchanges >= self._left:
-                raise LocalError("killed")
-
     def role(session: Session) -> Any:
         target = y if session.is_label_holder else None
         model = VerticalLogisticRegression(**params)
-        checkpoints = Dies(session.name)
+        checkpoints = Dies(folder / session.name, (stop_at or {}).get(session.name))
         return model.fit(parts[session.name], target, session=session, checkpoints=checkpoints, resume=resume)
 
     tables = {"encryption": {"scheme": "lattice"}, "model": {"allow_reconstruction": True}}
     return outcomes(dict.fromkeys(parts, role), **agreed(list(parts), **tables))
 
 
-@pytest.mark.parametrize("params", [{}, {"solver": "sgd", "batch_size": 25, "epochs": 4}], ids=["subspace", "sgd"])
+SMALL = {"solver": "sgd", "batch_size": 25, "epochs": 4}
+STOPS = SMALL | {"early_stopping": True, "n_iter_no_change": 2, "learning_rate": 3.0, "validation_fraction": 0.5}
+
+
+@pytest.mark.parametrize("params", [{}, SMALL, STOPS], ids=["subspace", "sgd", "sgd that stops early"])
 @pytest.mark.parametrize("killed", [{"bank": 4}, {"grocer": 4}, {"mobile": 5, "bank": 5}])
 def test_it_ends_with_the_model_of_an_undisturbed_run(tmp_path, params, killed):
     (tmp_path / "a").mkdir()
@@ -68,6 +61,8 @@ def test_it_ends_with_the_model_of_an_undisturbed_run(tmp_path, params, killed):
     for name, model in whole.items():
         np.testing.assert_allclose(resumed[name].coef_, model.coef_, atol=1e-6)
         assert (resumed[name].n_iter_, resumed[name].converged_) == (model.n_iter_, model.converged_)
+        assert resumed[name].validation_losses_ == pytest.approx(model.validation_losses_, abs=1e-6)
+        assert params.get("solver") != "sgd" or resumed[name].readings_ == model.readings_  # what went before counts
         assert not list((tmp_path / "b" / name).iterdir())  # a training that has ended leaves no state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +14,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from parties.agreement import Agreement
+from parties.errors import LocalError
 from parties.identity import Identity
 from parties.memory import MemoryLink, Tamper, make_agreement, outcomes
 from parties.message import Message, decode, encode, name_of, parse_header
@@ -20,6 +22,7 @@ from parties.session import Session
 from vfl.encryption.paillier import SecretKey
 from vfl.linear import VerticalLogisticRegression
 from vfl.messages import Plan
+from vfl.resume import Checkpoints
 from vfl.training import agree
 
 NAMES = ("bank", "grocer", "mobile", "clinic")
@@ -139,6 +142,22 @@ def altering(sender: str, receiver: str, expected: type[M], change: Callable[[M]
         return new_head, bytes(data)
 
     return tamper
+
+
+class Dies(Checkpoints):
+    """A party's checkpoints in a folder of its own; it is killed after `stop_at` exchanges, the state `written` or not."""
+
+    def __init__(self, folder: Path, stop_at: int | None = None, every: int = 1, written: bool = True) -> None:
+        super().__init__(folder, b"j" * 32, every)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._stop_at, self._written = stop_at, written
+
+    def keep(self, exchanges: int, arrays: Any) -> None:
+        stops = self._stop_at is not None and exchanges >= self._stop_at
+        if self._written or not stops:
+            super().keep(exchanges, arrays)
+        if stops:
+            raise LocalError("killed")
 
 
 def with_fields(**fields: Any) -> Callable[[M], M]:

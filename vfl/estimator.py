@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from vfl.resume import ANEW, Checkpoints, Start
 from vfl.secure_sum import Contribution, sum_embeddings
 from vfl.share import ModelShare
 from vfl.solver import Result, Schedule
+from vfl.split import Merge
 from vfl.training import Setup, agree, prepare, say_why, schedule
 
 SOLVERS = ("subspace", "sgd", "proximal")
@@ -211,17 +212,34 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
             To the label holder: per row, the sum over the feature holders of their partial embeddings; with one, its
             own. To a feature holder: nothing but the number of rows.
         """
-        check_is_fitted(self)
-        x, names = matrix(X, may_be_empty=not len(self.feature_names_in_))
-        if names != list(self.feature_names_in_):
-            raise LocalError(f"the model wants the columns {', '.join(self.feature_names_in_)}, in this order")
+        x = self.inputs(X, session)
         agree(session, f"score {self.training_}", self._plain_params(), x)
-        ours: Matrix = x @ self.coef_.T + self.intercept_
+        ours = self.embed(x)
         if not session.is_label_holder:
             Contribution(session).send_embedding(ours, 0)
             return None
         scores: Matrix = ours + sum_embeddings(session, len(x), 0, ours.shape[1])
         return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def inputs(self, X: pd.DataFrame | Matrix, session: Session) -> Matrix:
+        """X as the fitted model takes it, (n, d). Raises LocalError."""
+        check_is_fitted(self)
+        x, names = matrix(X, may_be_empty=not len(self.feature_names_in_))
+        if names != list(self.feature_names_in_):
+            raise LocalError(f"the model wants the columns {', '.join(self.feature_names_in_)}, in this order")
+        return x
+
+    def embed(self, x: Matrix) -> Matrix:
+        """Our part of the scores of `inputs`, (n, m)."""
+        return np.asarray(x @ self.coef_.T + self.intercept_)
+
+    def merge_of(self, session: Session) -> Merge:
+        """How all parties' parts become scores: their sum."""
+        return Merge.of([party.name for party in session.agreement.ring], len(self.intercept_), separate=False)
+
+    def head(self) -> Callable[[Matrix], Matrix]:
+        """What the label holder makes of merged parts (n, m): they are the scores."""
+        return lambda merged: merged
 
     def save(self, path: Path | str, prepared: FittedColumns | None = None) -> None:
         """Our share as JSON, never an object that runs on loading; `prepared` is what made X of our table's columns."""

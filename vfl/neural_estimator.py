@@ -230,21 +230,37 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
             To the label holder: per row, the sum over the feature holders of their embeddings; with one, or side by
             side, each one's. To a feature holder: nothing but the number of rows.
         """
+        x = self.inputs(X, session)
+        agree(session, f"score {self.training_}", self._plain_params(), x.reshape(len(x), math.prod(x.shape[1:])))
+        merge, ours = self.merge_of(session), self.embed(x)
+        if not session.is_label_holder:
+            split.contribute(session, merge, Contribution(session), ours, 0)
+            return None
+        return self.head()(split.collect(session, merge, ours, 0))
+
+    def inputs(self, X: Any, session: Session) -> NDArray[np.float64]:
+        """X as the fitted model takes it, (n, d) or (n, ...). Raises LocalError."""
         check_is_fitted(self)
         if self.agreement_ != session.agreement.digest.hex() or self.party_ != session.name:
             raise LocalError("this share is of another party or another agreement; load the one that was trained here")
         x, names = self._features(X, session)
         if names != list(self.feature_names_in_):
             raise LocalError(f"the model wants the columns {', '.join(self.feature_names_in_)}, in this order")
-        agree(session, f"score {self.training_}", self._plain_params(), x.reshape(len(x), math.prod(x.shape[1:])))
-        merge, rows = self._merged(session, names), np.arange(len(x))
-        if not session.is_label_holder:
-            bottom = self._bottom(x)
-            bottom.restore(self.tensors_)
-            split.contribute(session, merge, Contribution(session), bottom.embed(rows, learning=False), 0)
-            return None
-        merged = split.collect(session, merge, x @ self.tensors_["weights"], 0)
-        return self._trained_top().outputs(merged)
+        return x
+
+    def embed(self, x: NDArray[np.float64]) -> Matrix:
+        """Our embedding of `inputs`, (n, m)."""
+        bottom = self._bottom(x)
+        bottom.restore(self.tensors_)
+        return bottom.embed(np.arange(len(x)), learning=False)
+
+    def merge_of(self, session: Session) -> Merge:
+        """How all parties' embeddings become the top's input."""
+        return self._merged(session, list(self.feature_names_in_))
+
+    def head(self) -> Callable[[Matrix], Matrix]:
+        """What the label holder makes of merged embeddings: the top's outputs, (n, outputs)."""
+        return self._trained_top().outputs
 
     def save(self, path: Path | str, prepared: FittedColumns | None = None) -> None:
         """Our share as JSON: numbers alone; `prepared` is what made our columns of our table's. Modules of one's own,

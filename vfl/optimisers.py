@@ -101,13 +101,14 @@ class Rule:
 def torch_state(optimiser: Any) -> dict[str, NDArray[Any]]:
     """What the next step of `Rule.over` depends on besides the parameters, and torch's own randomness, which a dropout
     layer draws from: arrays alone."""
+    torch = load_torch()
     moments = {
-        f"{number}.{name}": np.array(value, np.float64)
+        f"{number}.{name}": torch.as_tensor(value).numpy().astype(np.float64)
         for number, own in optimiser.state_dict()["state"].items()
         for name, value in own.items()
         if value is not None
     }
-    return moments | {"randomness": load_torch().get_rng_state().numpy()}
+    return moments | {"randomness": torch.get_rng_state().numpy()}
 
 
 def resume_torch(optimiser: Any, state: Mapping[str, NDArray[Any]]) -> None:

@@ -1,8 +1,9 @@
 """A scoring session: aligned once, then request after request until the label holder ends it.
 
     G -> k   which rows, of those that G has not asked for before
-    k -> G   X_k W_k of these rows; masked where there are several k
-    G        adds its own part, keeps the sum, and answers in the order asked
+    k -> G   X_k W_k of these rows, or what a network's bottom makes of them; masked where there are several k
+             (a network that merges side by side: in clear)
+    G        adds its own part, keeps the scores, and answers in the order asked
 
 Under one model a row has one sum, so each row goes over the network once a session, and k refuses it a second time.
 While G has nothing to ask, it says so now and then: both sides' deadlines go on running.
@@ -10,23 +11,24 @@ While G has nothing to ask, it says so now and then: both sides' deadlines go on
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import count
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
-from sklearn.utils.validation import check_is_fitted
 
 from parties.errors import LocalError, Refused, blame
 from parties.session import Session
 from vfl.estimator import VerticalLinearModel
-from vfl.inputs import matrix
 from vfl.losses import Matrix, Vector
+from vfl.neural_estimator import VerticalMLP
 from vfl.scoring_messages import ROWS, ScoreRequest, request
-from vfl.secure_sum import Contribution, sum_embeddings
+from vfl.secure_sum import Contribution
+from vfl.split import collect, contribute
 from vfl.training import agree
 
 Positions = Sequence[int] | NDArray[np.int64]
@@ -34,13 +36,13 @@ Positions = Sequence[int] | NDArray[np.int64]
 
 def serve(
     session: Session,
-    model: VerticalLinearModel,
-    X: pd.DataFrame | Matrix,
+    model: VerticalLinearModel | VerticalMLP,
+    X: Any,
     requests: Iterable[Positions | None],
 ) -> Iterator[Vector | Matrix]:
     """As the label holder, with X (n, d) of the common rows: for every request the scores that
-    `model.decision_function` gives, (rows,) or (rows, m), in the order asked. The session ends when `requests` does;
-    take every answer.
+    `model.decision_function` gives, or the outputs of a network's top, (rows,) or (rows, m), in the order asked. The
+    session ends when `requests` does; take every answer.
 
     A request is positions 0 .. n-1 in the common order, as often and in any order, or -1 for a customer who is not
     common: nothing is sent of it, and its score is NaN. While there is nothing to score, `requests` yields None every
@@ -48,7 +50,8 @@ def serve(
     hangs. A peer that is lost while we are idle is noticed within twice the deadline `silence`.
 
     Reveals:
-        To us: per row that we ask for, the sum over the feature holders of their partial embeddings; with one, its own.
+        To us: per row that we ask for, the sum over the feature holders of their partial embeddings; with one, or a
+        network that merges side by side, each one's.
         That is one equation a row and output for each model scored with: several models over the same rows add up as
         exchanges of training do (docs/threats.md), and nothing here counts them.
         To a feature holder: which of the common rows are scored, and when each was first asked for; not the requests
@@ -57,8 +60,8 @@ def serve(
         LocalError: a position beyond X, before anything of that request is sent. PeerLost, PeerAborted,
         ProtocolViolation: the session is over.
     """
-    ours = _embeddings(session, model, X)
-    rows, width = ours.shape
+    ours, merge, head = _embeddings(session, model, X), model.merge_of(session), model.head()
+    rows, width = len(ours), head(np.zeros((1, merge.width))).shape[1]
     scores = np.full((rows + 1, width), np.nan)  # the last is of position -1
     number, spoken = count(), time.monotonic()
     deadlines = session.agreement.deadlines
@@ -74,18 +77,16 @@ def serve(
         for start in range(0, len(new), ROWS):
             part, exchange = new[start : start + ROWS], next(number)
             session.broadcast(request(exchange, part))
-            scores[part] = ours[part] + sum_embeddings(session, len(part), exchange, width)
+            scores[part] = head(collect(session, merge, ours[part], exchange))
             spoken = time.monotonic()
         session.advance(rows - int(np.isnan(scores[:rows, 0]).sum()), rows)
         yield scores[wanted, 0] if width == 1 else scores[wanted]
     session.broadcast(request(next(number), last=True))
 
 
-def answer(
-    session: Session, model: VerticalLinearModel, X: pd.DataFrame | Matrix, maximum_rows: int | None = None
-) -> int:
-    """As a feature holder, with X (n, d) of the common rows: answer until the label holder ends the session. How many
-    rows were answered; more than `maximum_rows` (our policy) are refused.
+def answer(session: Session, model: VerticalLinearModel | VerticalMLP, X: Any, maximum_rows: int | None = None) -> int:
+    """As a feature holder, with X (n, d), or what a network's `bottom` takes, of the common rows: answer until the
+    label holder ends the session. How many rows were answered; more than `maximum_rows` (our policy) are refused.
 
     Reveals:
         To the label holder: per row that it asks for, our partial embedding, summed with the other feature holders';
@@ -94,7 +95,7 @@ def answer(
         Refused: more rows than our policy allows. ProtocolViolation: a row that does not exist or was answered before,
         a request out of turn. PeerLost: no sign of the label holder within the agreement's deadlines.
     """
-    ours = _embeddings(session, model, X)
+    ours, merge = _embeddings(session, model, X), model.merge_of(session)
     contribution, answered = Contribution(session), np.zeros(len(ours), bool)
     label_holder = session.channels[session.label_holder]
     for number in count():
@@ -114,19 +115,17 @@ def answer(
         answered[rows] = True
         if maximum_rows is not None and answered.sum() > maximum_rows:
             raise Refused(f"{label_holder.peer} asks for more rows than our policy answers, {maximum_rows}")
-        contribution.send_embedding(ours[rows], number, sha256(rows.astype("<u4").tobytes()).digest())
+        chosen = sha256(rows.astype("<u4").tobytes()).digest()
+        contribute(session, merge, contribution, ours[rows], number, chosen)
         session.advance(int(answered.sum()), len(ours))
     return int(answered.sum())
 
 
-def _embeddings(session: Session, model: VerticalLinearModel, X: pd.DataFrame | Matrix) -> Matrix:
+def _embeddings(session: Session, model: VerticalLinearModel | VerticalMLP, X: Any) -> Matrix:
     """Our part of every row's score, once all parties agree that they serve the same model over as many rows."""
-    check_is_fitted(model)
-    x, names = matrix(X, may_be_empty=not len(model.feature_names_in_))
-    if names != list(model.feature_names_in_):
-        raise LocalError(f"the model wants the columns {', '.join(model.feature_names_in_)}, in this order")
-    agree(session, f"serve {model.training_}", {}, x)
-    return np.asarray(x @ model.coef_.T + model.intercept_)
+    x = model.inputs(X, session)
+    agree(session, f"serve {model.training_}", {}, x.reshape(len(x), math.prod(x.shape[1:])))
+    return model.embed(x)
 
 
 def _checked(asked: Positions, rows: int) -> NDArray[np.int64]:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from vfl.estimator import VerticalLinearModel
     from vfl.job_input import Prepared
-    from vfl.losses import Matrix, Vector
+    from vfl.neural_estimator import VerticalMLP
 
 log = logging.getLogger("colonnade")
 EVIDENCE = tuple(f"serve_{name}" for name in psi_job.EVIDENCE)
@@ -121,11 +121,11 @@ def run(
 ) -> int:
     """Everything at one party, over the network: align the rows of `source` afresh, then score on request. The label
     holder reads the descriptor `requests` and writes `output`. How many requests, or rows, were answered."""
-    from vfl.estimator import VerticalLinearModel
     from vfl.job_input import prepare
     from vfl.scoring import answer
+    from vfl.task import load_share
 
-    model = VerticalLinearModel.load(share)
+    model = load_share(share)
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
     if model.prepared_ is None:
@@ -152,7 +152,7 @@ def run(
 
 def _serve(
     session: Session,
-    model: VerticalLinearModel,
+    model: VerticalLinearModel | VerticalMLP,
     columns: pd.DataFrame,
     place: Callable[[Sequence[str]], int],
     lines: Iterator[bytes | None],
@@ -161,6 +161,7 @@ def _serve(
 ) -> int:
     """One line a customer asked for, as soon as the request is answered; the score is empty where it is not common."""
     from vfl.scoring import serve as score_requests
+    from vfl.task import expected
 
     asked: deque[tuple[int, list[list[str]]]] = deque()
 
@@ -173,8 +174,8 @@ def _serve(
                 asked.append((number, ids))
             yield None if ids is None else [place(one) for one in ids]
 
-    answered, outputs = 0, len(model.intercept_)
-    titles = ["score"] if outputs == 1 else [f"score {name}" for name in model.classes_]
+    answered, classes = 0, list(getattr(model, "classes_", ()))
+    titles = [f"score {name}" for name in classes] if len(classes) > 2 else ["score"]
     try:
         descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
@@ -182,8 +183,8 @@ def _serve(
             table.writerow(["request", *names, *titles])
             for scores in score_requests(session, model, columns, positions()):
                 number, ids = asked.popleft()
-                expected = _expected(model, scores).reshape(len(ids), outputs)
-                for one, values in zip(ids, expected.tolist(), strict=True):
+                found = expected(model, scores).reshape(len(ids), len(titles))
+                for one, values in zip(ids, found.tolist(), strict=True):
                     table.writerow([number, *one, *("" if np.isnan(value) else value for value in values)])
                 file.flush()
                 answered += 1
@@ -191,17 +192,6 @@ def _serve(
     except OSError as error:
         raise LocalError(f"cannot go on from the requests to {output}: {error.strerror}") from None
     return answered
-
-
-def _expected(model: VerticalLinearModel, scores: Vector | Matrix) -> Vector | Matrix:
-    """What `predict_proba`, of the second of two classes, or `predict` says of the scores."""
-    from scipy.special import expit, softmax
-
-    from vfl.linear import VerticalPoissonRegressor
-
-    if hasattr(model, "classes_"):
-        return np.asarray(expit(scores) if scores.ndim == 1 else softmax(scores, axis=1))
-    return np.exp(scores) if isinstance(model, VerticalPoissonRegressor) else scores
 
 
 def _places(party: Party, prepared: Prepared, common: NDArray[np.int64]) -> Callable[[Sequence[str]], int]:

@@ -75,8 +75,10 @@ def collect(session: Session, merge: Merge, ours: Matrix, step: int) -> Matrix:
     return merged
 
 
-def contribute(session: Session, merge: Merge, contribution: Contribution, values: Matrix, step: int) -> None:
-    """At a feature holder: our embedding (b, m) for `collect`.
+def contribute(
+    session: Session, merge: Merge, contribution: Contribution, values: Matrix, step: int, context: bytes = b""
+) -> None:
+    """At a feature holder: our embedding (b, m) for `collect`. `context`: see `Contribution.send_embedding`.
 
     Reveals:
         To the label holder: the sum over the feature holders; with one, or side by side, our embedding itself.
@@ -85,7 +87,7 @@ def contribute(session: Session, merge: Merge, contribution: Contribution, value
         send_rows(session.channels[session.label_holder], SeparateEmbedding, values, step)
     else:
         check_size(values, step)
-        contribution.send_embedding(values, step)
+        contribution.send_embedding(values, step, context)
 
 
 def label_holder(

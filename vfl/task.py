@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import expit, softmax
 from sklearn.base import ClassifierMixin
 
 from parties.agreement import Agreement, Model
@@ -112,6 +113,16 @@ def scores(model: VerticalLinearModel | VerticalMLP, x: pd.DataFrame, session: S
         return model.predict(x, session=session)  # type: ignore[no-any-return]
     both = model.predict_proba(x, session=session)
     return None if both is None else both[:, 1] if both.shape[1] == 2 else both
+
+
+def expected(model: VerticalLinearModel | VerticalMLP, found: Matrix | Vector) -> Matrix | Vector:
+    """The same of the scores of a scoring session (`vfl.scoring.serve`), NaN where these are."""
+    if not isinstance(model, ClassifierMixin):
+        return np.exp(found) if isinstance(model, VerticalPoissonRegressor) else found
+    if found.ndim == 1:
+        return np.asarray(expit(found))
+    both = np.asarray(softmax(found, axis=1))
+    return both[:, 1] if len(model.classes_) == 2 else both
 
 
 def evaluate(

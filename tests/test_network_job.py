@@ -82,11 +82,12 @@ def trained(
     return train(parts, y, RUNS[run][1], own=own or modules, agreed=known, fit=fit, recorded=recorded)
 
 
-@pytest.mark.parametrize("killed", [{"bank": 4}, {"grocer": 5}])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    ("run", "killed"), [*((run, "bank") for run in RUNS), ("encrypted, adam", "mill"), ("open, noise", "grocer")]
+)
 def test_it_ends_with_the_network_of_an_undisturbed_run(tmp_path, run, killed):
     whole = trained(run, tmp_path / "whole")
-    broken = trained(run, tmp_path / "broken", stop_at=killed)
+    broken = trained(run, tmp_path / "broken", stop_at={killed: 4})
     assert all(isinstance(outcome, Exception) for outcome in broken.values()), broken
     resumed = trained(run, tmp_path / "broken", resume=True)
     for name, model in whole.items():
@@ -210,8 +211,17 @@ def test_a_run_whose_process_was_killed_goes_on_and_serves(tmp_path):
     serves = ["serve", paths["bank"], "--requests", tmp_path / "requests.jsonl", "--output", scores, "--events"]
     codes, errors = together({"bank": serves, "telco": ["serve", paths["telco"], "--events"]})
     assert set(codes.values()) == {0}, errors
-    predicts = ["predict", paths["bank"], "--output", tmp_path / "all.csv", "--events"]
-    codes, errors = together({"bank": predicts, "telco": ["predict", paths["telco"], "--events"]})
+    predicts = [
+        "predict",
+        paths["bank"],
+        "--input",
+        tmp_path / "bank.csv",
+        "--output",
+        tmp_path / "all.csv",
+        "--events",
+    ]
+    answers = ["predict", paths["telco"], "--input", tmp_path / "telco.csv", "--events"]
+    codes, errors = together({"bank": predicts, "telco": answers})
     assert set(codes.values()) == {0}, errors
     served, predicted = pd.read_csv(scores), pd.read_csv(tmp_path / "all.csv")
     assert served["id"].tolist() == [*asked, "nobody"] and served["score"].isna().tolist()[-1]

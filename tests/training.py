@@ -145,7 +145,7 @@ def altering(sender: str, receiver: str, expected: type[M], change: Callable[[M]
 
 
 class Dies(Checkpoints):
-    """A party's checkpoints in a folder of its own; it is killed after `stop_at` exchanges, the state `written` or not."""
+    """A party's checkpoints in a folder of its own; killed after `stop_at` exchanges, the last `written` or not."""
 
     def __init__(self, folder: Path, stop_at: int | None = None, every: int = 1, written: bool = True) -> None:
         super().__init__(folder, b"j" * 32, every)

@@ -12,6 +12,7 @@ import pandas as pd
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from parties.agreement import Agreement
 from parties.errors import LocalError
 from parties.session import Session
 from vfl import proximal, sgd, subspace
@@ -233,9 +234,9 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
         """Our part of the scores of `inputs`, (n, m)."""
         return np.asarray(x @ self.coef_.T + self.intercept_)
 
-    def merge_of(self, session: Session) -> Merge:
+    def merge_of(self, agreement: Agreement) -> Merge:
         """How all parties' parts become scores: their sum."""
-        return Merge.of([party.name for party in session.agreement.ring], len(self.intercept_), separate=False)
+        return Merge.of([party.name for party in agreement.ring], len(self.intercept_), separate=False)
 
     def head(self) -> Callable[[Matrix], Matrix]:
         """What the label holder makes of merged parts (n, m): they are the scores."""

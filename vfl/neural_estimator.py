@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.utils.validation import check_is_fitted
 
+from parties.agreement import Agreement
 from parties.errors import LocalError
 from parties.session import Session
 from vfl import split
@@ -186,7 +187,7 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         randomness: Randomness,
     ) -> None:
         target, outputs = self._target(y, len(x))
-        merge = self._merged(session, names)
+        merge = self._merged(session.agreement, names)
         block = merge.blocks[session.name]
         shape = x.shape[1], block.stop - block.start
         bottom = Linear(x, initial(shape, x.shape[1], randomness), self._rule)
@@ -218,7 +219,7 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         schedule, setup = plan(session, type(self).__name__, self._plain_params(), clauses, self._width, x, names)
         begin = start()
         end = None if setup is None else accept_key(session, setup.terms, setup.x)
-        contribution, merge = Contribution(session), self._merged(session, names)
+        contribution, merge = Contribution(session), self._merged(session.agreement, names)
         self.epochs_ = split.feature_holder(session, bottom, schedule, merge, contribution, end, begin)
         self.tensors_ = bottom.tensors()
         self.terms_ = None if setup is None else setup.terms
@@ -232,7 +233,7 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         """
         x = self.inputs(X, session)
         agree(session, f"score {self.training_}", self._plain_params(), x.reshape(len(x), math.prod(x.shape[1:])))
-        merge, ours = self.merge_of(session), self.embed(x)
+        merge, ours = self.merge_of(session.agreement), self.embed(x)
         if not session.is_label_holder:
             split.contribute(session, merge, Contribution(session), ours, 0)
             return None
@@ -254,9 +255,9 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         bottom.restore(self.tensors_)
         return bottom.embed(np.arange(len(x)), learning=False)
 
-    def merge_of(self, session: Session) -> Merge:
+    def merge_of(self, agreement: Agreement) -> Merge:
         """How all parties' embeddings become the top's input."""
-        return self._merged(session, list(self.feature_names_in_))
+        return self._merged(agreement, list(self.feature_names_in_))
 
     def head(self) -> Callable[[Matrix], Matrix]:
         """What the label holder makes of merged embeddings: the top's outputs, (n, outputs)."""
@@ -332,8 +333,8 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
             return Deep(x, self.bottom, self._width, self._rule)
         return Linear(x, initial((x.shape[1], self._width), x.shape[1], randomness), self._rule)
 
-    def _merged(self, session: Session, names: list[str]) -> Merge:
-        ring = [party.name for party in session.agreement.ring]
+    def _merged(self, agreement: Agreement, names: list[str]) -> Merge:
+        ring = [party.name for party in agreement.ring]
         return Merge.of(ring, self._width, self.merge == "concatenation", bool(names))
 
     @property

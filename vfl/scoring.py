@@ -60,7 +60,7 @@ def serve(
         LocalError: a position beyond X, before anything of that request is sent. PeerLost, PeerAborted,
         ProtocolViolation: the session is over.
     """
-    ours, merge, head = _embeddings(session, model, X), model.merge_of(session), model.head()
+    ours, merge, head = _embeddings(session, model, X), model.merge_of(session.agreement), model.head()
     rows, width = len(ours), head(np.zeros((1, merge.width))).shape[1]
     scores = np.full((rows + 1, width), np.nan)  # the last is of position -1
     number, spoken = count(), time.monotonic()
@@ -95,7 +95,7 @@ def answer(session: Session, model: VerticalLinearModel | VerticalMLP, X: Any, m
         Refused: more rows than our policy allows. ProtocolViolation: a row that does not exist or was answered before,
         a request out of turn. PeerLost: no sign of the label holder within the agreement's deadlines.
     """
-    ours, merge = _embeddings(session, model, X), model.merge_of(session)
+    ours, merge = _embeddings(session, model, X), model.merge_of(session.agreement)
     contribution, answered = Contribution(session), np.zeros(len(ours), bool)
     label_holder = session.channels[session.label_holder]
     for number in count():

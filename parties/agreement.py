@@ -294,8 +294,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     @property
     def quorum(self) -> int:
         """So many clients a horizontal job needs to begin."""
-        plan = (self.horizontal or Horizontal()).clients
-        return plan.needed(plan.asked(len(self.clients)))
+        plan = self.horizontal or Horizontal()
+        return plan.needed(plan.clients.asked(len(self.clients)))
 
     def peers(self, name: str) -> tuple[Party, ...]:
         """Whom this party talks to, in the ring's order: everybody, or in a star of clients the coordinator alone."""

@@ -373,7 +373,7 @@ def test_columns_of_other_names_are_mapped_and_units_compared(tmp_path: Path) ->
 POLICIES = {
     "secure_aggregation = true": ('secure_aggregation = "none"', "does without"),
     "maximum_epsilon = 2.0": ("", "no differential privacy"),
-    "minimum_clients = 3": ("", "a quorum of 2"),
+    "minimum_clients = 4": ("", "a quorum of 3"),
     "maximum_rounds = 10": ("rounds = 11", "the agreement has 11"),
 }
 
@@ -393,7 +393,7 @@ def test_init_writes_files_that_are_right_but_for_the_keys(tmp_path: Path) -> No
         text = text.replace("colonnade1:REPLACE", str(Identity.generate(name).public), 1)
     (tmp_path / "agreement.toml").write_text(text)
     agreement = Agreement.load(tmp_path / "agreement.toml")
-    assert agreement.clients == ("harbour", "south", "west") and agreement.quorum == 2
+    assert agreement.clients == ("harbour", "south", "west") and agreement.quorum == 3
     spelt_out = text.replace("\n# ", "\n").replace("# [", "[")  # the defaults and examples are right, too
     spelt_out = "\n".join(line for line in spelt_out.splitlines() if "=" in line.split("#")[0] or line.startswith("["))
     options = "parameters = { mu = 0.1 }"

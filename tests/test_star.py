@@ -34,6 +34,11 @@ def star(**tables: Any) -> Agreement:
     return make_agreement(IDENTITIES, **(HORIZONTAL | tables))
 
 
+def openly(**tables: Any) -> Agreement:
+    """Without secure aggregation, which never sums two: a majority of two of the three clients is enough."""
+    return star(horizontal=HORIZONTAL["horizontal"] | {"secure_aggregation": "none"}, **tables)
+
+
 def facts(session: Session) -> tuple[bytes, list[str], list[str]]:
     return session.id, list(session.channels), sorted(session.approvals)
 
@@ -95,6 +100,12 @@ def test_what_does_not_go_together_is_refused_with_the_reason() -> None:
         make_agreement(two, columns=HORIZONTAL["columns"])
 
 
+@pytest.mark.parametrize(("secure", "needed"), [("on", 3), ("none", 2)])
+def test_the_quorum_is_what_a_sum_needs(secure: str, needed: int) -> None:
+    agreement = star(horizontal=HORIZONTAL["horizontal"] | {"secure_aggregation": secure})
+    assert agreement.quorum == needed
+
+
 def test_fifty_parties_may_agree_and_not_more() -> None:
     plain = msgspec.to_builtins(star())
     curve = Stream("curve")
@@ -113,8 +124,7 @@ def test_fifty_parties_may_agree_and_not_more() -> None:
 
 def test_single_updates_leave_in_clear_only_without_secure_aggregation() -> None:
     assert "plaintext" not in allowed_classes(star())
-    open_plan = HORIZONTAL["horizontal"] | {"secure_aggregation": "none"}
-    assert "plaintext" in allowed_classes(star(horizontal=open_plan))
+    assert "plaintext" in allowed_classes(openly())
     assert ("horizontal.secure_aggregation", "on") in flatten(star()).items()
 
 
@@ -140,7 +150,7 @@ def test_another_nonce_of_any_party_is_another_session() -> None:
 def test_who_does_not_come_is_left_out_and_is_in_nobodys_session() -> None:
     there = [name for name in NAMES if name != "mill"]
     ledgers: dict[str, Ledger] = {}
-    results = play(dict.fromkeys(there, facts), star(), identities=IDENTITIES, ledgers=ledgers)
+    results = play(dict.fromkeys(there, facts), openly(), identities=IDENTITIES, ledgers=ledgers)
     assert len({session for session, _, _ in results.values()}) == 1
     assert results["bank"][1] == ["grocer", "press"]
     assert results["press"][2] == ["bank", "grocer", "press"]
@@ -219,7 +229,7 @@ CHEATS = {
     "leaves us out": (Roll, without(2), "lacks us or itself"),
     "shows fewer than the quorum": (
         Roll,
-        lambda data: np.where(np.isin(np.arange(len(data)), [1, 3])[:, None], 0, data).astype(np.uint8),
+        lambda data: np.where(np.isin(np.arange(len(data)), [1])[:, None], 0, data).astype(np.uint8),
         "fewer clients than the quorum",
     ),
 }
@@ -242,7 +252,7 @@ def test_a_coordinator_that_cheats_is_caught_by_the_client(cheat: str, monkeypat
 
 def test_a_client_that_signs_another_session_is_left_out() -> None:
     tamper = altered(Roster, "mill", other_nonce(3))  # mill is made to compute another id, and says so in vain
-    results = outcomes(dict.fromkeys(NAMES, facts), star(), IDENTITIES, tamper=tamper)
+    results = outcomes(dict.fromkeys(NAMES, facts), openly(), IDENTITIES, tamper=tamper)
     assert results["bank"][1] == ["grocer", "press"]
     assert results["press"][2] == ["bank", "grocer", "press"]
     assert isinstance(results["mill"], (PeerAborted, ProtocolViolation))
@@ -293,7 +303,7 @@ def test_a_client_insists_on_the_coordinators_countersignature() -> None:
 
 
 def test_over_sockets_the_run_begins_without_the_late_who_are_told_in_time() -> None:
-    plain = msgspec.to_builtins(star(deadlines={"connect": 3.0, "silence": 2.0, "stall": 5.0, "message": 10.0}))
+    plain = msgspec.to_builtins(openly(deadlines={"connect": 3.0, "silence": 2.0, "stall": 5.0, "message": 10.0}))
     for party in plain["parties"]:
         party["endpoint"] = f"tcp://127.0.0.1:{free_ports(1)[0]}" if party["name"] == "bank" else ""
     agreement = msgspec.convert(plain, Agreement)

@@ -39,6 +39,11 @@ _PARTS = {BEAT: 1, OPEN: 3, MORE: 2, BYE: 1}
 _Queued = tuple[int, int, tuple[bytes | memoryview, ...]]  # kind, length, parts
 
 
+def no_room(target: int) -> bytes:
+    """A goodbye to a process that we never talked to, since another one of the same peer has its place."""
+    return FIXED.pack(VERSION, BYE, secrets.randbits(63) + 1, target, 1, 0, 0, 0, 0)
+
+
 class Delivery:
     """Our side of the books with one peer."""
 
@@ -127,6 +132,13 @@ class Delivery:
         )
 
     # ---- what we receive
+
+    def strange(self, fixed: bytes) -> tuple[int, int] | None:
+        """Source and target of a frame that is of another process of this peer than the one we know; else None."""
+        if len(fixed) != FIXED.size or not self.target:
+            return None
+        _, _, source, target, *_ = FIXED.unpack(fixed)
+        return (source, target) if source != self.target else None
 
     def take(self) -> tuple[bytes, bytes]:
         """The next message, which must be there."""

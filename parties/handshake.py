@@ -10,6 +10,13 @@ In a mesh every pair exchanges `Hello`. In a star clients talk to the coordinato
 A client signs one session id only, with its own fresh nonce in it, and takes part with those only who signed the same
 one. So a coordinator that shows clients different rosters splits them into groups that know their members; it cannot
 make a client believe that somebody takes part who does not, nor play an earlier session again.
+
+A client that was killed and remembers the session's id may come back to it, by the same four messages: `Roster` and
+`Roll` are those of the beginning, and it signs the id of the new conversation, which the headers have from then on:
+
+    SHA-256("colonnade/rejoin/1" || session || the client's fresh nonce || the coordinator's fresh nonce)
+
+So frames of the former conversation, and a greeting that is played again, are refused.
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +39,7 @@ from parties.identity import Identity
 from parties.message import Array, Message, kind
 
 _LOG = logging.getLogger("colonnade")
-_SIGNED = "session"
+_SIGNED, _SIGNED_AGAIN = "session", "rejoin"  # for what a signature is
 NONCE, SIGNATURE = 32, 64
 T = TypeVar("T")
 
@@ -107,17 +115,28 @@ class Roll(Message):
 @dataclass(frozen=True)
 class Opened:
     """A session's id, the approvals of those who signed it, the same at all, and why others do not take part or do not
-    any more (at the coordinator only)."""
+    any more (at the coordinator only). conversation: what stands in the headers: the session's id, or for who came back
+    another one. roster, roll: at the coordinator, for who comes back."""
 
     id: bytes
     approvals: dict[str, bytes]
     missing: dict[str, ColonnadeError] = field(default_factory=dict)
+    conversation: bytes = b""
+    shown: tuple[Roster, Roll] | None = None
 
 
 def open_by_handshake(
-    me: Identity, agreement: Agreement, approval: bytes, task: str, channels: Mapping[str, Channel], nonce: bytes
+    me: Identity,
+    agreement: Agreement,
+    approval: bytes,
+    task: str,
+    channels: Mapping[str, Channel],
+    nonce: bytes,
+    former: bytes = b"",
 ) -> Opened:
     """Agree on the agreement, the task and a session id, which then stands in all our channels.
+
+    former: at a client, the session in which it took part before it was killed; it comes back if that goes on.
 
     Reveals:
         To every party: the agreement's digest, our approval and our signature under the session id; to those that we
@@ -130,12 +149,43 @@ def open_by_handshake(
     ours = Hello(agreement.digest, approval, task, nonce)
     for channel in channels.values():
         channel.send(ours)
-    meet = _mesh if not agreement.is_horizontal else _gather if agreement.ring[0].name == me.name else _join
-    opened = meet(me, agreement, ours, channels)
+    if agreement.is_horizontal and agreement.ring[0].name != me.name:
+        opened = _join(me, agreement, ours, channels, former)
+    else:
+        opened = (_gather if agreement.is_horizontal else _mesh)(me, agreement, ours, channels)
     for name, channel in channels.items():
         if name not in opened.missing:
-            channel.session = opened.id
+            channel.session = opened.conversation or opened.id
     return opened
+
+
+def take_back(me: Identity, agreement: Agreement, opened: Opened, task: str, channel: Channel, seconds: float) -> None:
+    """At the coordinator: a client that was killed comes back into the session, over a new channel.
+
+    Reveals:
+        To the client: what it was told when the session began.
+    Raises:
+        Refused: it is here for something else, or has no part in this session.
+        ProtocolViolation: it signs another conversation. PeerLost, PeerAborted: it is not done after so many seconds.
+    """
+    name, until = channel.peer, time.monotonic() + seconds
+    if name not in opened.approvals or opened.shown is None:
+        raise Refused(f"{name} has no part in this session: it began without it", peer=name)
+    ours = Hello(agreement.digest, opened.approvals[me.name], task, secrets.token_bytes(NONCE))
+    channel.send(ours, seconds)
+    hello = channel.receive(Hello, seconds)
+    if hello.digest != agreement.digest:
+        channel.send(AgreementText(np.frombuffer(agreement.canonical, np.uint8)), seconds)
+        raise Refused(f"{name} came back with another agreement", peer=name)
+    _same(agreement, ours.task, name, hello)
+    roster, roll = opened.shown
+    channel.send(roster, seconds)
+    conversation = _conversation(opened.id, hello.nonce, ours.nonce)
+    signature = channel.receive(Joining, max(0.0, until - time.monotonic())).data.tobytes()
+    if not agreement.party(name).identity.signed(_SIGNED_AGAIN, conversation, signature):
+        raise ProtocolViolation(f"{name}: signed another conversation than this one", peer=name)
+    channel.send(roll, seconds)
+    channel.session = conversation
 
 
 def _mesh(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[str, Channel]) -> Opened:
@@ -176,7 +226,8 @@ def _gather(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[s
     for name, error in missing.items():
         _LOG.warning("%s does not take part: %s", name, error)
         channels[name].abort(error.reason if isinstance(error, PeerAborted) else error.kind)
-    return Opened(session, {name: hellos[name].approval for name in signatures}, missing)  # the roll that all have
+    approvals = {name: hellos[name].approval for name in signatures}  # of the roll that all have
+    return Opened(session, approvals, missing, shown=(roster, roll))
 
 
 def _from_each(
@@ -208,27 +259,33 @@ def _require_quorum(agreement: Agreement, there: Iterable[str], missing: Mapping
         )
 
 
-def _join(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[str, Channel]) -> Opened:
-    """At a client: only with those who sign the same session."""
+def _join(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[str, Channel], former: bytes) -> Opened:
+    """At a client: only with those who sign the same session, or signed the one that we remember."""
     ((coordinator, channel),) = channels.items()
-    try:
-        hello = channel.receive(Hello, agreement.deadlines.connect)
+    deadlines = agreement.deadlines
+    try:  # who takes us back does so between two rounds
+        hello = channel.receive(Hello, max(deadlines.connect, deadlines.message) if former else deadlines.connect)
     except PeerLost as lost:
         raise PeerLost(f"{lost}; it may have begun without us", peer=coordinator) from None
     _check(agreement, ours.task, channels, {coordinator: hello})
-    patience = agreement.deadlines.connect + 3 * agreement.deadlines.stall  # it waits for the others
+    patience = deadlines.connect + 3 * deadlines.stall  # it waits for the others
     roster = channel.receive(Roster, patience).data
     with blame(coordinator):
         rows = _rows(agreement, roster)
+        session = _session_id(agreement, ours.task, {name: row[:NONCE] for name, row in rows.items()})
         for name, known in ((me.name, ours), (coordinator, hello)):
-            if rows.get(name) != known.nonce + known.approval:
-                raise ValueError(f"its roster has another nonce or approval of {name}")
+            if session != former and rows.get(name) != known.nonce + known.approval:
+                raise ValueError(
+                    f"its roster has another nonce or approval of {name}; if the job goes on from before we were "
+                    "started, run with --resume where we kept its checkpoint"
+                )
         approvals = {name: row[NONCE:] for name, row in rows.items()}
         for name, approval in approvals.items():
             if not agreement.approved(name, approval):
                 raise ValueError(f"its roster has no approval of {name}")
-        session = _session_id(agreement, ours.task, {name: row[:NONCE] for name, row in rows.items()})
-    channel.send(Joining(np.frombuffer(me.sign(_SIGNED, session), np.uint8)))
+    conversation = _conversation(session, ours.nonce, hello.nonce) if session == former else b""
+    signature = me.sign(_SIGNED_AGAIN, conversation) if conversation else me.sign(_SIGNED, session)
+    channel.send(Joining(np.frombuffer(signature, np.uint8)))
     roll = channel.receive(Roll, patience).data
     with blame(coordinator):
         signatures = _rows(agreement, roll)
@@ -239,7 +296,7 @@ def _join(me: Identity, agreement: Agreement, ours: Hello, channels: Mapping[str
             raise ValueError("its roll lacks us or itself")
         if len(signatures.keys() & set(agreement.clients)) < agreement.quorum:
             raise ValueError(f"its roll has fewer clients than the quorum of {agreement.quorum}")
-    return Opened(session, {name: approvals[name] for name in signatures})
+    return Opened(session, {name: approvals[name] for name in signatures}, conversation=conversation)
 
 
 def _check(agreement: Agreement, task: str, channels: Mapping[str, Channel], hellos: Mapping[str, Hello]) -> None:
@@ -251,12 +308,15 @@ def _check(agreement: Agreement, task: str, channels: Mapping[str, Channel], hel
     if others:
         raise Refused("; ".join(_difference(name, agreement, texts[name]) for name in others), peer=others[0])
     for name in channels:
-        if name not in hellos:
-            continue
-        if not agreement.approved(name, hellos[name].approval):
-            raise Refused(f"{name} has not approved this agreement: it must run 'colonnade sign' first", peer=name)
-        if hellos[name].task != task:
-            raise Refused(f"{name} wants to {hellos[name].task}, we want to {task}; start the same command", peer=name)
+        if name in hellos:
+            _same(agreement, task, name, hellos[name])
+
+
+def _same(agreement: Agreement, task: str, name: str, hello: Hello) -> None:
+    if not agreement.approved(name, hello.approval):
+        raise Refused(f"{name} has not approved this agreement: it must run 'colonnade sign' first", peer=name)
+    if hello.task != task:
+        raise Refused(f"{name} wants to {hello.task}, we want to {task}; start the same command", peer=name)
 
 
 def _difference(peer: str, agreement: Agreement, text: bytes) -> str:
@@ -274,6 +334,11 @@ def _session_id(agreement: Agreement, task: str, nonces: Mapping[str, bytes]) ->
     for party in agreement.parties:
         session.update(party.identity.curve + party.identity.verify + nonces.get(party.name, bytes(NONCE)))
     return session.digest()
+
+
+def _conversation(session: bytes, theirs: bytes, ours: bytes) -> bytes:
+    """theirs: the fresh nonce of the client that comes back; ours: the coordinator's."""
+    return hashlib.sha256(b"colonnade/rejoin/1" + session + theirs + ours).digest()
 
 
 def _table(agreement: Agreement, rows: Mapping[str, bytes], width: int) -> Array:

@@ -56,6 +56,7 @@ class Link:
         self.refusing: float | None = None  # since when every handshake fails
         self.vague = False  # whether the last one failed for a reason unknown, as with a wrong key
         self.awaited: float | None = None  # since when the role waits for this peer
+        self.knocked: float | None = None  # since when another process of this peer wants its place
         self.next_beat = 0.0
         self.resend = RESEND
         self.told = (0, 0)  # the counts that the peer was last told
@@ -157,6 +158,8 @@ class Link:
         self.heard += slept
         self.progressed += slept
         self.acknowledged += slept
+        if self.knocked is not None:
+            self.knocked += slept
         if self.awaited is not None:
             self.awaited += slept
 

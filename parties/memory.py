@@ -107,10 +107,12 @@ def outcomes(
     task: str = TRAIN,
     ledgers: dict[str, Ledger] | None = None,
     recorded: dict[str, dict[str, MemoryLink]] | None = None,
+    again: Mapping[str, Role] | None = None,
 ) -> dict[str, Any]:
     """Run every role in a thread of its own; what each returned, or the exception with which it ended.
 
-    `nonces` make a session replayable; `ledgers` and `recorded` are filled for inspection.
+    `nonces` make a session replayable; `ledgers` and `recorded` are filled for inspection. `again`: clients that are
+    started again when their first role has ended, with this one, to come back into the session.
     """
     identities = identities or {name: Identity.generate(name) for name in roles}
     agreement = agreement or make_agreement(identities)
@@ -118,21 +120,37 @@ def outcomes(
     if recorded is not None:
         recorded.update(mesh)
     results: dict[str, Any] = {}
+    back: dict[str, MemoryLink] = {}
+
+    def returned() -> dict[str, MemoryLink]:
+        return {name: back.pop(name) for name in list(back)}
 
     def run(name: str) -> None:
-        ledger = Ledger(identities[name], None, allowed_classes(agreement))
+        former = play_one(name, roles[name], mesh[name], {"nonce": nonces[name] if nonces else None})
+        if again and name in again:
+            hub = agreement.ring[0].name
+            ends = links([hub, name], tamper)
+            back[name] = ends[hub][name]
+            play_one(name, again[name], ends[name], {"former": former})
+
+    def play_one(name: str, role: Role, ends: Mapping[str, MemoryLink], options: dict[str, Any]) -> bytes:
+        """The session's id."""
+        ledger, opened = Ledger(identities[name], None, allowed_classes(agreement)), b""
         if ledgers is not None:
             ledgers[name] = ledger
-        nonce = nonces[name] if nonces else None
         try:
-            with converse(identities[name], agreement, mesh[name], ledger=ledger, nonce=nonce, task=task) as session:
-                result = roles[name](session)
+            with converse(
+                identities[name], agreement, ends, ledger=ledger, task=task, returned=returned, **options
+            ) as session:
+                opened = session.id
+                result = role(session)
             results[name] = result
         except BaseException as error:  # a thread's exception belongs to its caller, whatever it is
             results[name] = error
         finally:
-            for link in mesh[name].values():
+            for link in ends.values():
                 link.leave()
+        return opened
 
     threads = [threading.Thread(target=run, args=(name,), name=name, daemon=True) for name in roles]
     for thread in threads:

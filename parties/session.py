@@ -14,7 +14,7 @@ from parties.agreement import Agreement
 from parties.channel import Channel, Link, M
 from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused
 from parties.files import Scratch
-from parties.handshake import open_by_handshake
+from parties.handshake import Opened, open_by_handshake, take_back
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.message import PAYLOAD_LIMIT, Message, kind
@@ -42,22 +42,33 @@ class Session:
 
     `channels` stand in the order of the agreement's ring (label holder or coordinator first), without ourselves and
     without who is `missing`; in a star a client has one, to the coordinator. `approvals` are of all who take part.
-    `workers` and `scratch` are this party's own cores and disk.
+    `workers` and `scratch` are this party's own cores and disk. `returned`: new links of peers that were started again.
     """
 
     me: Identity
     agreement: Agreement
-    id: bytes
+    opened: Opened
     channels: dict[str, Channel]
     ledger: Ledger
-    approvals: dict[str, bytes]
     task: str = TRAIN
     tick: Callable[[], None] = lambda: None
     progress: Progress = lambda phase, done, total: None
     seconds: dict[str, float] = field(default_factory=dict)
     workers: Workers = field(default_factory=Workers)
     scratch: Scratch = field(default_factory=Scratch)
-    missing: dict[str, ColonnadeError] = field(default_factory=dict)
+    returned: Callable[[], Mapping[str, Link]] = dict
+
+    @property
+    def id(self) -> bytes:
+        return self.opened.id
+
+    @property
+    def approvals(self) -> dict[str, bytes]:
+        return self.opened.approvals
+
+    @property
+    def missing(self) -> dict[str, ColonnadeError]:
+        return self.opened.missing
 
     @property
     def name(self) -> str:
@@ -99,6 +110,28 @@ class Session:
         """Called by the working loop: shows progress here and tells the peers that we are alive."""
         self.tick()
         self.progress(self.ledger.phase, done, total)
+
+    def rejoined(self, seconds: float) -> dict[str, Channel]:
+        """At a coordinator: the channels of clients that were killed and came back since we last asked, each within so
+        many seconds. A client has one channel: nothing of the former one counts any more, and nobody countersigns it.
+
+        Reveals:
+            To such a client: what it was told when the session began.
+        """
+        found = {}
+        for name, link in self.returned().items():
+            channel = _channel(self.me, self.agreement, name, link, self.ledger)
+            try:
+                take_back(self.me, self.agreement, self.opened, self.task, channel, seconds)
+            except ColonnadeError as error:
+                _LOG.warning("%s does not come back: %s", name, error)
+                channel.abort(_reason(error))
+                continue
+            if name in self.channels:
+                self.ledger.note("not countersigned", peer=name, reason=PeerLost.kind)
+            self.ledger.note("rejoined", peer=name)
+            self.channels[name] = found[name] = channel
+        return found
 
     def close(self) -> None:
         """Compare transcripts with every peer and countersign them into the ledger. A coordinator does without those
@@ -149,6 +182,17 @@ def transcript_statement(session: bytes, ours: bytes, theirs: bytes, sent: bytes
     return session + (ours + theirs + sent + received if ours < theirs else theirs + ours + received + sent)
 
 
+def _channel(me: Identity, agreement: Agreement, peer: str, link: Link, ledger: Ledger) -> Channel:
+    return Channel(
+        link,
+        peer=peer,
+        our_id=me.public.key_id,
+        peer_id=agreement.party(peer).identity.key_id,
+        ledger=ledger,
+        timeout=agreement.deadlines.message,
+    )
+
+
 @contextmanager
 def converse(
     me: Identity,
@@ -161,37 +205,31 @@ def converse(
     tick: Callable[[], None] = lambda: None,
     progress: Progress = lambda phase, done, total: None,
     nonce: bytes | None = None,
+    former: bytes = b"",
+    returned: Callable[[], Mapping[str, Link]] = dict,
 ) -> Iterator[Session]:
     """A session over links that exist already: handshake, your block, close. Errors in the block abort the peers.
 
-    `approval` is our signature under the agreement; None signs it here and now (notebooks, tests).
+    `approval` is our signature under the agreement; None signs it here and now (notebooks, tests). `former`: at a
+    client, the session to come back to, if it goes on. `returned`: see `Session`.
     """
     agreement.check_expiry()
     if agreement.party(me.name).identity != me.public:
         raise Refused(f"the agreement lists another key for {me.name} than ours ({me.public.fingerprint})")
     channels = {
-        party.name: Channel(
-            links[party.name],
-            peer=party.name,
-            our_id=me.public.key_id,
-            peer_id=party.identity.key_id,
-            ledger=ledger,
-            timeout=agreement.deadlines.message,
-        )
-        for party in agreement.peers(me.name)
+        party.name: _channel(me, agreement, party.name, links[party.name], ledger) for party in agreement.peers(me.name)
     }
     try:
         approval = agreement.approve(me) if approval is None else approval
         start = time.perf_counter()
         opened = open_by_handshake(
-            me, agreement, approval, task, channels, secrets.token_bytes(32) if nonce is None else nonce
+            me, agreement, approval, task, channels, secrets.token_bytes(32) if nonce is None else nonce, former
         )
         ledger.note("opened", session=opened.id.hex(), agreement=agreement.digest.hex(), party=me.name, task=task)
         for name, error in opened.missing.items():
             ledger.note("missing", peer=name, reason=error.kind)
             del channels[name]
-        session = Session(me, agreement, opened.id, channels, ledger, opened.approvals, task, tick, progress)
-        session.missing = opened.missing
+        session = Session(me, agreement, opened, channels, ledger, task, tick, progress, returned=returned)
         session.seconds["agree"] = time.perf_counter() - start
         yield session
         with session.phase("close"):
@@ -232,13 +270,14 @@ def open_session(
     ledger_path: Path | None = None,
     forbidden: frozenset[str] = frozenset(),
     listen: str | None = None,
+    former: bytes = b"",
     progress: Progress = lambda phase, done, total: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Session]:
     """A session over ZeroMQ with every other party of the agreement.
 
     `listen` overrides the address we bind (behind a firewall it differs from the endpoint in the agreement);
-    `forbidden` are message classes that our own policy does not let out.
+    `forbidden` are message classes that our own policy does not let out; `former`: see `converse`.
 
     Raises:
         LocalError, Refused, PeerLost, PeerAborted, ProtocolViolation; see docs/operations.md for their exit codes.
@@ -254,7 +293,15 @@ def open_session(
     address = (listen or agreement.party(me.name).endpoint) if waits else None
     ledger = Ledger(me, ledger_path, allowed_classes(agreement) - forbidden)
     with (
-        Post(me, peers, listen=address, patience=patience, frame_limit=PAYLOAD_LIMIT, log=log) as post,
+        Post(
+            me,
+            peers,
+            listen=address,
+            patience=patience,
+            frame_limit=PAYLOAD_LIMIT,
+            takes_back=agreement.is_horizontal,
+            log=log,
+        ) as post,
         converse(
             me,
             agreement,
@@ -264,6 +311,8 @@ def open_session(
             task=task,
             tick=post.tick,
             progress=progress,
+            former=former,
+            returned=post.returned,
         ) as session,
     ):
         yield session

@@ -23,8 +23,8 @@ import zmq
 from zmq.utils import z85
 
 from parties import curve
-from parties.delivery import FRAME_LIMIT
-from parties.errors import ColonnadeError, LocalError, ProtocolViolation, Refused
+from parties.delivery import FRAME_LIMIT, no_room
+from parties.errors import ColonnadeError, LocalError, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
 from parties.link import RESEND, TURN, Link, Patience, Peer
 
@@ -35,6 +35,7 @@ _LOG = logging.getLogger("colonnade")
 _LINGER = 200  # milliseconds for the last acknowledgement to leave the machine
 _PAUSE = 0.05  # seconds to read on before that: who leaves with data unread resets the connection, and the last is lost
 _THREADS = 63  # I/O threads that ZMQ_AFFINITY, a signed number here, can tell apart
+_ALIVE = 1.0  # seconds after which a frame of a process was not under way when another one of the same peer knocked
 _BURST = 64  # frames taken from one socket before the others have their turn
 
 
@@ -42,7 +43,9 @@ class Post:
     """Links to all peers. Listens before it returns; raises LocalError when it cannot.
 
     `listen` and the peers' endpoints are tcp://host:port. Addresses are of IPv4 unless written in brackets;
-    tcp://[::]:port listens for both. `frame_limit` bounds the payload of one message.
+    tcp://[::]:port listens for both. `frame_limit` bounds the payload of one message. With `takes_back` a peer that
+    connects to us and is started again gets a new link, once the process that had the old one is gone; else the run
+    ends.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class Post:
         listen: str | None,
         patience: Patience = _USUAL,
         frame_limit: int = 64 << 20,
+        takes_back: bool = False,
         log: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.me, self.patience = me, patience
         self.changed = threading.Condition()
         self.endpoint: str | None = None
-        self._log = log
+        self._log, self._takes_back = log, takes_back
+        self._back: dict[str, Link] = {}
         self._progress = 1
         self.closing: float | None = None
         self._failed_handshakes = 0
@@ -133,6 +138,12 @@ class Post:
 
     def link(self, name: str) -> Link:
         return self._links[name]
+
+    def returned(self) -> dict[str, Link]:
+        """The new links of peers that were started again since we were last asked."""
+        with self.changed:
+            back, self._back = self._back, {}
+        return back
 
     def tick(self) -> None:
         """The working loop is alive. Cheap: call it in every step that may take seconds."""
@@ -298,11 +309,36 @@ class Post:
         if len(route) != 5 or route[0]:  # chosen by the peer: ours come from the router and begin with a zero byte
             self._fail(link, ProtocolViolation(f"{link.name} claims a routing id, which ours never do", peer=link.name))
             return None
+        if self._takes_back and (strange := link.books.strange(frames[1].bytes if len(frames) > 1 else b"")):
+            return self._knock(link, route, *strange)
         newest = link.route and int.from_bytes(link.route[0][1:])
         if not newest or 0 < (int.from_bytes(route[1:]) - newest) % 2**32 < 2**31:
             link.route = [route]
             link.connected()
         return link
+
+    def _knock(self, link: Link, route: bytes, source: int, target: int) -> Link | None:
+        """Another process of this peer: it takes the place of one that is gone. Of two live ones the first stays."""
+        now = time.monotonic()
+        if target or isinstance(link.failure, ProtocolViolation) or self.closing is not None:
+            return None  # it spoke to a process that has lost its place, or to an earlier run of ours; or is not wanted
+        if link.route is not None:
+            self._put(link, link.books.beat(self._progress), now)  # shows whether the connection is still there
+        if link.route is None or link.failure is not None or link.books.closed:
+            self._fail(link, PeerLost(f"{link.name} was started again", peer=link.name))
+            fresh = Link(self, link.peer, link.books.limit)
+            fresh.socket, fresh.route = self._router, [route]
+            self._links[link.name] = self._by_user[curve.user_id(link.peer.public.curve)] = fresh
+            self._back[link.name] = fresh
+            return fresh
+        if link.knocked is None:
+            link.knocked = now
+        elif link.heard > link.knocked + _ALIVE and link.socket is not None:
+            link.knocked = None
+            self._say(f"a second process with the key of {link.name} was refused: the first one is still connected")
+            with contextlib.suppress(zmq.ZMQError):
+                link.socket.send_multipart([route, no_room(source)], zmq.NOBLOCK)
+        return None
 
     def _deliver(self, link: Link, now: float) -> None:
         """Send what is due, and at least a beat when the peer does not know our counts or has not heard us lately."""

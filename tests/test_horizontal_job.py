@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -257,7 +258,7 @@ class Running:
         }
         self._readers = [threading.Thread(target=self._read, args=(name,), daemon=True) for name in paths]
 
-    def run(self, kill: dict[str, int], seconds: float = 90) -> dict[str, int]:
+    def run(self, kill: dict[str, int], seconds: float = 180) -> dict[str, int]:
         """Exit codes; `kill` says whom to kill at which round."""
         self._victims = kill
         for reader in self._readers:
@@ -303,24 +304,41 @@ def test_ten_clients_finish_when_two_are_killed_in_the_third_round(tmp_path: Pat
     assert len(set(models)) == 1
 
 
-def test_killed_and_resumed_ends_with_the_same_model(tmp_path: Path) -> None:
-    """First a client is killed and then the coordinator; SCAFFOLD's clients remember more than the weights."""
+SUICIDE = """
+import os, signal
+from vfl import cli
+from vfl.horizontal.trainer import Trainer
+plain = Trainer.answer
+def answer(self, task):
+    if (task.stage, task.round) == ("train", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, task)
+Trainer.answer = answer
+cli.main()
+"""
+
+
+def test_a_killed_client_comes_back_and_a_killed_job_is_resumed_to_the_same_model(tmp_path: Path) -> None:
+    """First a client, while the others wait for it, then the coordinator; SCAFFOLD's clients remember more than the
+    weights, and all three are needed in every round."""
     tables = patients(3, rows=12)
-    paths = build(tmp_path, tables, horizontal='strategy = "scaffold"\nrounds = 40\nbatch = 0', clients="quorum = 3")
-    first = Running(paths)
-    codes = first.run({"site1": 4})
-    assert first.killed == {"site1"} and codes["lead"] == 4, (codes, first.errors)
-    assert "site1" in first.errors["lead"] and {codes["site0"], codes["site2"]} == {4}
+    paths = build(tmp_path, tables, horizontal='strategy = "scaffold"\nrounds = 16\nbatch = 0', clients="quorum = 3")
+    mortal = subprocess.Popen([sys.executable, "-c", SUICIDE, "run", str(paths["site1"])], stdout=subprocess.DEVNULL)
+    first = Running({name: path for name, path in paths.items() if name != "site1"})
+    assert mortal.wait(180) == -signal.SIGKILL
+    again = Running({"site1": paths["site1"]}, "--resume")
+    codes = first.run({"lead": 8}) | again.run({})
+    assert first.killed == {"lead"} and {codes[name] for name in tables} == {4}, (codes, first.errors, again.errors)
     second = Running(paths, "--resume")
-    codes = second.run({"lead": 12})
-    assert second.killed == {"lead"} and {codes[name] for name in tables} == {4}, (codes, second.errors)
-    assert set(Running(paths, "--resume").run({}).values()) == {0}
-    agreement = star({"strategy": "scaffold", "rounds": 40, "batch": 0})
+    assert set(second.run({}).values()) == {0}, second.errors
+    agreement = star({"strategy": "scaffold", "rounds": 16, "batch": 0})
     undisturbed = play(dict.fromkeys(NAMES, role(held(tables))), agreement, identities=IDENTITIES)["bank"].model
     model = HorizontalModel.load(tmp_path / "out" / "lead" / "model.json").estimator()
     assert model.coef_.tolist() == undisturbed.coef_.tolist()
     assert model.intercept_.tolist() == undisturbed.intercept_.tolist()
-    assert [one["number"] for one in summary(tmp_path, "lead")["progress"]] == list(range(40))
+    rounds = summary(tmp_path, "lead")["progress"]
+    assert [(one["number"], one["clients"]) for one in rounds] == [(n, sorted(tables)) for n in range(16)]
+    assert summary(tmp_path, "site1")["earlier"] == 16 - len(summary(tmp_path, "site1")["progress"]) >= 7
 
 
 # ---- one process: our own file and policy

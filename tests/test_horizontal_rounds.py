@@ -23,10 +23,11 @@ from parties.horizontal import Clients, Horizontal, Privacy
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.memory import links
-from parties.message import CLASSES, name_of, parse_header
+from parties.message import CLASSES, decode, name_of, parse_header
 from vfl.horizontal import secure_aggregation
-from vfl.horizontal.client import Admitted, take_part
-from vfl.horizontal.coordinator import Star, coordinate
+from vfl.horizontal.checkpoint import Bound
+from vfl.horizontal.client import Admitted, former_session, take_part
+from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.federated import (
     FederatedLinearRegression,
     FederatedLogisticRegression,
@@ -41,8 +42,9 @@ from vfl.horizontal.round_messages import Admission, Ready, Scores, Task, Turn
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected
 from vfl.horizontal.settings import Job, Schema
+from vfl.horizontal.star import Star
 from vfl.horizontal.strategies import Part, Population, broadcast, client_round, server_round, strategy
-from vfl.horizontal.trainer import Data
+from vfl.horizontal.trainer import Data, describe
 
 NAMES = ("c0", "c1", "c2", "c3")
 KEYS = {name: Identity.generate(name) for name in ("hub", *NAMES)}
@@ -68,11 +70,15 @@ def family(name: str, **given: Any) -> Horizontal:
 
 @dataclass
 class Table:
-    """A coordinator and its clients in threads; `dies` says at which of its messages a client vanishes."""
+    """A coordinator and its clients in threads; `dies` says at which of its messages a client vanishes, `again` which
+    clients then come back, over a new channel, and at which message they vanish once more (-1: not)."""
 
     settings: Horizontal
     parts: Mapping[str, Any]
     dies: Mapping[str, int] = field(default_factory=dict)
+    again: Mapping[str, int] = field(default_factory=dict)
+    back: dict[str, Channel] = field(default_factory=dict)
+    ends: list[tuple[Channel, Any]] = field(default_factory=list)
     hub: Mapping[str, Any] = field(default_factory=dict)
     client: Callable[[str], Mapping[str, Any]] = lambda name: {}
     outcomes: dict[str, Any] = field(default_factory=dict)
@@ -85,8 +91,12 @@ class Table:
         """Of the clients that signed the session."""
         return {name: PUBLIC[name] for name in (*self.parts, *(["hub"] if "own" in self.hub else []))}
 
+    def rejoined(self) -> dict[str, Channel]:
+        return {name: self.back.pop(name) for name in list(self.back)}
+
     def run(self) -> Any:
         """What the coordinator ends with, also when that is an error; `outcomes` has the clients'."""
+        back = {"rejoined": self.rejoined} if self.again else {}
         mesh = links(["hub", *self.parts], self._count)
         threads = [threading.Thread(target=self._client, args=(mesh, name), daemon=True) for name in self.parts]
         for thread in threads:
@@ -94,12 +104,12 @@ class Table:
         channels = {name: self._channel(mesh, "hub", name) for name in self.parts}
         result: Any
         try:
-            result = coordinate(channels, KEYS["hub"], self.roll, self.session, self.settings, **self.hub)
+            result = coordinate(channels, KEYS["hub"], self.roll, self.session, self.settings, **back, **self.hub)
         except (ColonnadeError, InterruptedError) as error:
             result = error
-        for name in self.parts:
-            channels[name].abort("error")
-            mesh["hub"][name].leave()
+        for channel, link in [*((channels[name], mesh["hub"][name]) for name in self.parts), *self.ends]:
+            channel.abort("error")
+            link.leave()
         for thread in threads:
             thread.join()
         return result
@@ -117,8 +127,19 @@ class Table:
         return made
 
     def _client(self, mesh: Any, name: str) -> None:
+        self._one(mesh, name, self.dies.get(name, -1))
+        if name in self.again:
+            self._one(self._new_links(name), name, self.again[name])
+
+    def _new_links(self, name: str) -> Any:
+        mesh = links(["hub", name], self._count)
+        self.back[name] = self._channel(mesh, "hub", name)
+        self.ends.append((self.back[name], mesh["hub"][name]))
+        return mesh
+
+    def _one(self, mesh: Any, name: str, left: int) -> None:
         channel, part = self._channel(mesh, name, "hub"), self.parts[name]
-        left, plain = self.dies.get(name, -1), channel.send
+        plain = channel.send
 
         def send(message: Any, timeout: float | None = None) -> None:
             nonlocal left
@@ -560,6 +581,179 @@ def test_checkpoints_that_are_damaged_or_of_another_job_are_refused(tmp_path: Pa
         raise Table(family("fedavg", rounds=1), dealt(x, y), hub={"folder": tmp_path}).run()
 
 
+# ---- a client that was killed comes back while the others wait, or go on
+
+
+READY = 8 + 6 * 2  # the number of a client's Ready in round 2: after its table, a sum of rows, a score and two rounds
+KILLED = {"Ready": 0, "KeyOffer": 1, "SealedShares": 2, "MaskedInput": 3, "SurvivorSignature": 4, "Unmasking": 5}
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    for who in ("hub", *NAMES):
+        (folder / who).mkdir()
+    return {"client": lambda who: {"folder": folder / who}, "hub": {"folder": folder / "hub"}}
+
+
+def waits(table: Table) -> None:
+    """From round 3 on the coordinator goes on only once the killed client is there again."""
+
+    def progress(phase: str, done: int, total: int) -> None:
+        until = time.monotonic() + 10
+        while done >= 3 and not table.ends and time.monotonic() < until:
+            time.sleep(0.01)
+
+    table.hub = {**table.hub, "progress": progress}
+
+
+def same(table: Table, settings: Horizontal, parts: Mapping[str, Any]) -> Any:
+    """What a disturbed run ends with, which is what an undisturbed one does, at every client."""
+    outcome = table.run()
+    if isinstance(outcome, Exception):
+        raise outcome
+    np.testing.assert_array_equal(outcome.weights, Table(settings, parts).run().weights)
+    for one in table.outcomes.values():
+        np.testing.assert_array_equal(one.weights, outcome.weights)
+    return outcome
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedavgm", "exact"])
+@pytest.mark.parametrize("message", ["Ready", "MaskedInput"])
+def test_a_sum_that_lacks_a_killed_client_waits_for_it(name: str, message: str, tmp_path: Path) -> None:
+    x, y = cancer()
+    settings, parts = family(name, rounds=4, clients=Clients(quorum=4, deadline=10.0)), dealt(x, y)
+    table = Table(settings, parts, dies={"c1": READY + KILLED[message]}, again={"c1": -1}, **stored(tmp_path))
+    outcome = same(table, settings, parts)
+    assert all(one.clients == NAMES and not one.missing for one in outcome.rounds)
+    assert table.outcomes["c1"].earlier == 2 and table.outcomes["c1"].rounds[0].number == 2
+
+
+@pytest.mark.parametrize("message", ["SurvivorSignature", "Unmasking"])
+def test_a_client_killed_once_its_sum_may_be_opened_comes_back_for_the_next(message: str, tmp_path: Path) -> None:
+    """The others open the sum, with its numbers; it must not train the round again, and must know that it counted."""
+    x, y = cancer()
+    settings, parts = family("scaffold", rounds=6, clients=Clients(deadline=10.0)), dealt(x, y)
+    table = Table(settings, parts, dies={"c1": READY + KILLED[message]}, again={"c1": -1}, **stored(tmp_path))
+    waits(table)
+    assert all("c1" in one.clients for one in same(table, settings, parts).rounds)
+
+
+def test_a_client_that_agreed_to_open_a_sum_opens_no_second_one_of_it(tmp_path: Path) -> None:
+    """It is killed before the others have its signature: all four are needed, so that the sum cannot be opened."""
+    x, y = cancer()
+    settings, parts = family("fedavg", rounds=4, clients=Clients(quorum=4, deadline=5.0)), dealt(x, y)
+    dies = {"c1": READY + KILLED["SurvivorSignature"]}
+    table = Table(settings, parts, dies=dies, again={"c1": -1}, **stored(tmp_path))
+    error = table.run()
+    assert isinstance(error, PeerLost) and "c1: it was killed after it had agreed to open this sum" in str(error)
+    assert "round 2, train: 3 clients are left, 4 are needed" in str(error)
+
+
+def test_every_attempt_has_fresh_keys_and_a_higher_number(tmp_path: Path) -> None:
+    x, y = cancer()
+    settings, parts = family("fedavg", rounds=4, clients=Clients(quorum=4, deadline=10.0)), dealt(x, y)
+    dies, again = {"c1": READY + KILLED["MaskedInput"]}, {"c1": 1 + KILLED["MaskedInput"]}
+    offers: list[tuple[int, int, bytes]] = []
+
+    class Watched(Table):
+        def _count(self, sender: str, receiver: str, header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+            if sender == "c1" and name_of(parse_header(header).kind) == "KeyOffer":
+                offer = decode(parse_header(header), payload, KeyOffer)
+                offers.append((offer.round, offer.attempt, payload))
+            return super()._count(sender, receiver, header, payload)
+
+    class Twice(Watched):
+        def _client(self, mesh: Any, name: str) -> None:
+            super()._client(mesh, name)
+            if name == "c1":
+                self._one(self._new_links(name), name, -1)
+
+    same(Twice(settings, parts, dies=dies, again=again, **stored(tmp_path)), settings, parts)
+    repeated = [(number, attempt) for number, attempt, _ in offers if number == 4]  # after rows, score, two rounds
+    assert repeated == [(4, 0), (4, 1), (4, 2)]
+    assert len({keys for _, _, keys in offers}) == len(offers)
+
+
+def test_without_secure_aggregation_too(tmp_path: Path) -> None:
+    x, y = cancer()
+    settings = family("scaffold", rounds=4, secure_aggregation="none", clients=Clients(quorum=4, deadline=10.0))
+    parts = dealt(x, y)
+    for number, message in enumerate((3 + 2 * 3, 4 + 2 * 3)):  # Ready or Update of round 2 or 3
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        table = Table(settings, parts, dies={"c1": message}, again={"c1": -1}, **stored(folder))
+        outcome = same(table, settings, parts)
+        assert all(one.clients == NAMES for one in outcome.rounds)
+
+
+def test_who_does_not_come_back_before_the_deadline_is_missing() -> None:
+    x, y = cancer()
+    settings, parts = family("fedavg", clients=Clients(quorum=4, deadline=0.5)), dealt(x, y)
+    table = Table(settings, parts, dies={"c1": READY}, hub={"rejoined": dict})
+    with pytest.raises(PeerLost, match=r"round 2, train: 3 clients are left, 4 are needed; missing: c1: "):
+        raise table.run()
+
+
+def test_who_comes_back_with_another_table_stays_out(tmp_path: Path) -> None:
+    x, y = cancer()
+    settings = family("fedavg", rounds=5, clients=Clients(deadline=5.0))
+    parts = {**dealt(x, y)}
+    table = Table(settings, parts, dies={"c1": READY}, again={"c1": -1}, **stored(tmp_path))
+    waits(table)
+    plain = table._one
+
+    def changes(mesh: Any, name: str, left: int) -> None:
+        if name == "c1" and left < 0:
+            odd = parts["c1"]
+            parts["c1"] = Data(odd.x[:, :-1], odd.y, odd.names[:-1])
+        plain(mesh, name, left)
+
+    table._one = changes  # type: ignore[method-assign]
+    outcome = table.run()
+    assert outcome.gone == ("c1",) and isinstance(table.outcomes["c1"], PeerAborted)
+    assert [("c1" in one.clients) for one in outcome.rounds] == [True, True, False, False, False]
+
+
+def test_who_broke_the_protocol_has_no_place_to_come_back_to(tmp_path: Path) -> None:
+    settings = own(rounds=5, clients=Clients(deadline=5.0))
+    table = Table(settings, {name: Toy() for name in NAMES}, again={"c1": -1}, **stored(tmp_path))
+    waits(table)
+    plain = table._one
+
+    def lies(mesh: Any, name: str, left: int) -> None:
+        if name != "c1" or "c1" in table.outcomes:
+            plain(mesh, name, left)
+            return
+        channel = table._channel(mesh, "c1", "hub")
+        channel.send(TableMessage(np.frombuffer(msgspec.json.encode(describe(settings, None, Toy())), np.uint8)))
+        channel.receive(Admission)
+        task = channel.receive(Task)
+        channel.send(Ready(task.number + 1, 0, np.zeros(1, np.uint8)))
+        table.outcomes["c1"] = None
+        mesh["c1"]["hub"].leave()
+
+    table._one = lies  # type: ignore[method-assign]
+    outcome = table.run()
+    assert "has no place to come back to" in outcome.rounds[-1].missing["c1"]
+    assert isinstance(table.outcomes["c1"], PeerAborted) and table.outcomes["c1"].reason == "refused"
+
+
+@pytest.mark.parametrize("what", ["agreement", "party"])
+def test_a_checkpoint_of_another_agreement_or_party_is_refused(what: str, tmp_path: Path) -> None:
+    x, y = cancer()
+    settings, parts = family("fedavg", rounds=1), dealt(x, y)
+    Table(settings, parts, hub={"folder": tmp_path, "agreement": b"one"}).run()
+    if what == "agreement":
+        with pytest.raises(LocalError, match=r"coordinator\.checkpoint is of another agreement"):
+            raise Table(settings, parts, hub={"folder": tmp_path, "agreement": b"two"}).run()
+        return
+    (tmp_path / "coordinator.checkpoint").unlink()
+    client = {"c0": {"folder": tmp_path}}
+    Table(settings, parts, client=lambda name: client.get(name, {})).run()
+    with pytest.raises(LocalError, match=r"client\.checkpoint is of another party, c0"):
+        former_session(tmp_path, Bound(party="c1"))
+    assert former_session(tmp_path, Bound(party="c0")) == bytes(range(32))
+
+
 # ---- compression, robustness, contributions
 
 
@@ -949,11 +1143,11 @@ def test_no_second_sum_of_a_round_is_opened() -> None:
     """A coordinator that calls a sum failed and tries again without one client, to see the difference."""
     plain = Star._add_masked
 
-    def greedy(star: Star, bound: float) -> Any:
-        first = plain(star, bound)
+    def greedy(star: Star, until: float) -> Any:
+        first = plain(star, until)
         if star.task.stage == "train":
             for name in NAMES[:3]:
-                star._turn(name, "add", 1, bound, NAMES[:3])
+                star._turn(name, "add", 1, 2.0**24, NAMES[:3])
             for name in NAMES[:3]:
                 with pytest.raises(PeerAborted):
                     star.channels[name].receive(KeyOffer, 5.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -11,13 +12,14 @@ import pytest
 
 import parties.handshake
 from parties.agreement import Agreement, flatten
+from parties.channel import Channel
 from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused
-from parties.handshake import Roll, Roster
-from parties.identity import PublicIdentity
+from parties.handshake import Hello, Joining, Roll, Roster
+from parties.identity import Identity, PublicIdentity
 from parties.ledger import Ledger
-from parties.memory import MemoryLink, make_agreement, outcomes, play
-from parties.message import decode, encode, parse_header
-from parties.session import Session, allowed_classes, open_session
+from parties.memory import MemoryLink, links, make_agreement, outcomes, play
+from parties.message import CLASSES, decode, encode, parse_header
+from parties.session import Closing, Session, allowed_classes, open_session
 from tests.conftest import IDENTITIES, NAMES, Stream, changed
 from tests.world import free_ports
 
@@ -275,6 +277,135 @@ def test_a_recorded_session_cannot_be_played_again() -> None:
 
     result = outcomes(dict.fromkeys(NAMES, facts), star(), IDENTITIES, tamper=tamper)["mill"]
     assert isinstance(result, ProtocolViolation) and "another nonce or approval of mill" in str(result)
+
+
+# ---- a client that was killed comes back
+
+
+def killed(session: Session) -> None:
+    raise KeyboardInterrupt
+
+
+def awaiting(name: str) -> Any:
+    """The coordinator's role: until that client is back, for a while."""
+
+    def role(session: Session) -> tuple[bytes, list[str]]:
+        until, back = time.monotonic() + 1, []
+        while name not in back and time.monotonic() < until:
+            back += session.rejoined(2.0)
+            time.sleep(0.01)
+        return session.id, back
+
+    return role
+
+
+def rejoin(tamper: Any = None, **options: Any) -> dict[str, Any]:
+    roles = dict.fromkeys(NAMES, facts) | {"bank": awaiting("mill"), "mill": killed}
+    return outcomes(roles, star(), IDENTITIES, tamper=tamper, again={"mill": facts}, **options)
+
+
+def test_a_killed_client_comes_back_into_the_session_that_goes_on() -> None:
+    results = rejoin()
+    assert results["bank"][1] == ["mill"]
+    assert results["mill"] == results["press"] == (results["bank"][0], ["bank"], sorted(NAMES))
+
+
+def replaying(kind: type[Any]) -> Any:
+    """A tamper that plays mill's first message of a kind once more in place of the second."""
+    first: list[tuple[bytes, bytes]] = []
+
+    def tamper(sender: str, to: str, header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+        if (sender, to) != ("mill", "bank") or parse_header(header).kind != kind.kind:
+            return header, payload
+        first.append((header, payload))
+        return first[0]
+
+    return tamper
+
+
+@pytest.mark.parametrize("kind", [Hello, Joining])
+def test_a_greeting_that_is_played_again_is_refused(kind: type[Any]) -> None:
+    results = rejoin(replaying(kind))
+    assert results["bank"][1] == [] and isinstance(results["mill"], ColonnadeError)
+    assert results["press"][0] == results["bank"][0]  # the others go on
+
+
+def test_a_message_of_the_former_conversation_is_refused() -> None:
+    """The session is the same, but every conversation has an id of its own."""
+
+    def says(session: Session) -> None:
+        session.channels["bank"].send(Closing(bytes(32), bytes(32), bytes(64)))
+
+    def hears(session: Session) -> str:
+        awaiting("mill")(session)
+        try:
+            session.channels["mill"].receive(Closing, 2.0)
+        except ProtocolViolation as error:
+            return str(error)
+        return "nothing wrong"
+
+    def dies(session: Session) -> None:
+        says(session)
+        raise KeyboardInterrupt
+
+    for tamper, said in ((None, "nothing wrong"), (replaying(Closing), "mill: Closing belongs to another session")):
+        roles = dict.fromkeys(NAMES, facts) | {"bank": hears, "mill": dies}
+        assert outcomes(roles, star(), IDENTITIES, tamper=tamper, again={"mill": says})["bank"] == said
+
+
+def test_a_stranger_gets_no_clients_place() -> None:
+    """It knows all that is public, mill's approval too, and lacks only mill's key."""
+    stranger = Identity.generate("mill")
+    agreement = star()
+    kept: dict[str, Any] = {}
+
+    def coordinate(session: Session) -> Any:
+        ends = links(["bank", "mill"])
+        thread = threading.Thread(target=impostor, args=(ends["mill"]["bank"], session.approvals["mill"]))
+        thread.start()
+        session.returned = lambda: {"mill": ends["bank"]["mill"]}
+        kept["back"] = session.rejoined(2.0)
+        thread.join()
+        return facts(session)
+
+    def impostor(link: MemoryLink, approval: bytes) -> None:
+        ids = {"our_id": IDENTITIES["mill"].public.key_id, "peer_id": IDENTITIES["bank"].public.key_id}
+        channel = Channel(link, peer="bank", ledger=Ledger(stranger, None, frozenset(CLASSES)), timeout=5.0, **ids)
+        channel.send(Hello(agreement.digest, approval, "train", bytes(32)))
+        channel.receive(Hello)
+        channel.receive(Roster)
+        channel.send(Joining(np.frombuffer(stranger.sign("rejoin", bytes(32)), np.uint8)))
+        with pytest.raises(PeerAborted) as caught:
+            channel.receive(Roll)
+        kept["told"] = caught.value.reason
+
+    results = outcomes(dict.fromkeys(NAMES, facts) | {"bank": coordinate}, agreement, IDENTITIES)
+    assert kept == {"back": {}, "told": "violation"}
+    assert results["mill"][0] == results["bank"][0]  # whose place it is, is not disturbed
+
+
+def test_who_was_not_in_the_session_does_not_come_into_it() -> None:
+    def coordinate(session: Session) -> Any:
+        ends = links(["bank", "mill"])
+        session.returned = lambda: {"mill": ends["bank"]["mill"]}
+        return session.rejoined(0.1)
+
+    there = [name for name in NAMES if name != "mill"]
+    results = outcomes(dict.fromkeys(there, facts) | {"bank": coordinate}, openly(), IDENTITIES)
+    assert results["bank"] == {}
+
+
+def test_a_client_comes_back_into_no_other_session_than_the_one_it_remembers() -> None:
+    """A coordinator that shows it an older one, in which its other nonce stands."""
+    rosters: list[np.ndarray] = []
+
+    def older(data: np.ndarray) -> np.ndarray:
+        rosters.append(data)
+        return other_nonce(0)(data.copy()) if len(rosters) > 1 else data
+
+    results = rejoin(altered(Roster, "mill", older))
+    assert len(rosters) == 2 and results["bank"][1] == []
+    assert isinstance(results["mill"], ProtocolViolation) and "another nonce or approval" in str(results["mill"])
 
 
 # ---- the close

@@ -313,6 +313,38 @@ def test_a_peer_that_starts_again_is_noticed() -> None:
             fails(PeerLost, "grocer was started again", lambda: bank.link("grocer").receive(SOON))
 
 
+def test_a_killed_peer_gets_a_new_link_and_frames_of_its_former_process_count_nothing() -> None:
+    with listening(GROCER, takes_back=True) as bank:
+        old = bank.link("grocer")
+        with Cheater(bank.endpoint) as killed:
+            former = killed.greet()
+        with connecting(GROCER, bank.endpoint) as grocer:
+            found: dict[str, Link] = {}
+            until(lambda: bool(found.update(bank.returned()) or found))
+            fails(PeerLost, "grocer was started again", lambda: old.receive(SOON))
+            with Cheater(bank.endpoint) as replayed:
+                replayed.socket.send_multipart([fixed(OPEN, 1, former), b"old", b""])
+                assert not replayed.socket.poll(1000)
+                grocer.link("bank").send(b"new", b"", SOON)
+                assert found["grocer"].receive(SOON) == (b"new", b"")
+                found["grocer"].send(b"answer", b"", SOON)
+                assert grocer.link("bank").receive(SOON) == (b"answer", b"")
+
+
+def test_of_two_live_processes_with_one_key_the_first_stays() -> None:
+    said: list[str] = []
+    with (
+        listening(GROCER, takes_back=True, log=said.append) as bank,
+        connecting(GROCER, bank.endpoint) as first,
+    ):
+        bank.link("grocer").ready(SOON)
+        with connecting(GROCER, bank.endpoint) as second:
+            fails(PeerLost, "bank closed the connection", lambda: second.link("bank").receive(SOON))
+        first.link("bank").send(b"still here", b"", SOON)
+        assert bank.link("grocer").receive(SOON) == (b"still here", b"")
+        assert bank.returned() == {} and "a second process with the key of grocer was refused" in said[0]
+
+
 def test_a_peer_of_an_earlier_run_of_ours_is_ignored() -> None:
     with listening(GROCER) as bank, Cheater(bank.endpoint) as old:
         old.socket.send_multipart([fixed(OPEN, 5, target=99, received=17), b"", b""])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -17,15 +18,16 @@ from parties.channel import Channel
 from parties.errors import ColonnadeError, LocalError, PeerAborted, Refused, blame
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity
-from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
+from vfl.horizontal.checkpoint import Bound, read_checkpoint, write_checkpoint
 from vfl.horizontal.context import Context
 from vfl.horizontal.models import Model, Score
-from vfl.horizontal.outcome import Client, Outcome, Round
+from vfl.horizontal.outcome import Client, Outcome, Round, already_done
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.round_messages import (
     DECLINED,
     LEVELS,
     OVER_BUDGET,
+    SIGNED,
     Admission,
     Packed,
     Ready,
@@ -54,6 +56,27 @@ class Admitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     counted: Annotated[int, Meta(ge=-1)] = -1
 
 
+class Standing(Bound, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a client remembers besides its states.
+
+    counted: the last round that `state` has; pending: the one that `pending` has. told: in `session`, how many tasks of
+    each stage we answered so that something may be known; signed, signed_round: the newest of them, and of training.
+    """
+
+    session: bytes
+    counted: int
+    pending: int
+    told: dict[str, int]
+    signed: int
+    signed_round: int
+
+
+def former_session(folder: Path, whose: Bound) -> bytes:
+    """The session in which we took part before we were killed, if any. Raises LocalError: a file that is not ours."""
+    found = read_checkpoint(folder / NAME, None, Standing, whose)
+    return found.facts.session if found else b""
+
+
 def take_part(
     channel: Channel,
     me: Identity,
@@ -66,6 +89,7 @@ def take_part(
     tick: Callable[[], None] = lambda: None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
     folder: Path | None = None,
+    agreement: bytes = b"",
     budget: PrivacyBudget | None = None,
     purpose: str = "training",
 ) -> Outcome:
@@ -73,7 +97,7 @@ def take_part(
 
     identities: of the clients that signed the session; how many clients a sum has at least follows from their number.
     data: our rows; model: our own model, where the agreement says so, which has the weights in the end. folder: for
-    the checkpoint. budget: charged for the noise that we add.
+    the checkpoint; agreement: the digest that it is bound to. budget: charged for the noise that we add.
 
     Reveals:
         To the coordinator: what our table looks like, our loss and accuracy before and after training (not under
@@ -82,7 +106,8 @@ def take_part(
         sum, unless clients are chosen by their rows.
         A coordinator that deviates chooses the weights that all clients of a sum are asked about, and within the bounds
         of the quorum who they are: of consecutive rounds at the same weights it learns our part by difference. Of each
-        round we open one sum; of rounds, scores and the sums before training we answer no more than was agreed.
+        round we open one sum; of rounds, scores and the sums before training we answer no more than was agreed, also
+        when we were killed and came back.
         To the other clients: that we take part, and what the weights of a round tell of the sum.
     Raises:
         Refused: our table is not what all others have; the text has the difference.
@@ -101,9 +126,8 @@ def take_part(
             raise Refused(f"we have {difference}; align the table with the others'", peer=channel.peer)
     trainer = Trainer(Job(settings, admitted.schema, admitted.clients), admitted.place, data, model)
     end = _End(channel, me, identities, session_id, trainer, Spending(trainer.job, budget, purpose))
-    path = folder / NAME if folder is not None and settings.checkpoint else None
-    if path is not None:
-        end.restore(path, admitted)
+    if folder is not None and settings.checkpoint:
+        end.restore(folder / NAME, Bound(agreement=agreement, party=me.name), admitted)
     patience = None  # of its channel; who is not asked waits for others' rounds
     if trainer.job.asked < trainer.job.clients:
         patience = settings.clients.longest * (settings.rounds + 1)
@@ -114,9 +138,10 @@ def take_part(
             tick()
             if task.stage == "score":
                 scores.append(trainer.score(task))
+                end.save()
                 channel.send(Scores.of(task.number, scores[-1]))
                 continue
-            kept = end.answer(task, path)
+            kept = end.answer(task)
             if task.stage == "train":
                 progress("train", task.round, settings.rounds)
                 missing = {} if kept else {me.name: "the sum has not our numbers"}
@@ -127,8 +152,9 @@ def take_part(
         raise
     weights = trainer.finish(task)
     estimator = trainer.estimator(task, weights)
-    own = Client(scores[0], scores[-1]) if len(scores) > 1 else Client()
-    return Outcome(estimator, weights, rounds, {me.name: own})
+    own = Client(scores[0], scores[-1]) if len(scores) > 1 else Client(after=scores[0]) if scores else Client()
+    notes = (already_done(task.round),) if admitted.round == task.round else ()
+    return Outcome(estimator, weights, rounds, {me.name: own}, notes, earlier=admitted.round)
 
 
 class _End:
@@ -148,7 +174,11 @@ class _End:
         self.used: set[bytes] = set()
         self.number = self.round = -1  # the newest task's, the newest training's
         self.given: Counter[str] = Counter()  # tasks by stage
+        self.signed = self.signed_round = -1  # the newest task whose sum may be open, the newest training
+        self.counted = self.pending = -1  # the last round that our state has, and our pending one
         self.declined: ColonnadeError | None = None
+        self.path: Path | None = None
+        self.whose = Bound()
 
     def next_task(self, patience: float | None) -> Task:
         """Raises ProtocolViolation: a task that was not agreed, or once more."""
@@ -168,20 +198,24 @@ class _End:
             self.round = task.round
         return task
 
-    def answer(self, task: Task, path: Path | None) -> bool:
+    def answer(self, task: Task) -> bool:
         """One sum; whether it has our numbers."""
-        job, level = self.trainer.job, DECLINED
-        noisy = job.settings.private and job.settings.privacy.noise != "central" and task.stage == "train"
+        job, level, trains = self.trainer.job, DECLINED, task.stage == "train"
+        noisy = job.settings.private and job.settings.privacy.noise != "central" and trains
         message = np.empty(0)
         try:
-            message = self.trainer.answer(task)
-            level = self.trainer.level(message)
-            if noisy:
+            if self._may_be_open(task):
+                level = SIGNED
+            else:
+                message = self.trainer.answer(task)
+                level = self.trainer.level(message)
+                self.pending = task.round if trains else self.pending
+            if noisy and level != SIGNED:
                 self.spending.charge(task.round)
         except (LocalError, Refused) as error:
             self.declined, level = error, OVER_BUDGET if isinstance(error, Refused) else DECLINED
-        if path is not None and task.stage == "train":
-            self.save(path, task.round)
+        if trains and (self.trainer.pending or not job.settings.secure):
+            self.save(task)
         self.channel.send(Ready(task.number, 0, np.array([level], np.uint8)))
         opened, last = False, -1
         while (turn := self._turn(task)).what == "add":
@@ -194,6 +228,7 @@ class _End:
             opened = self._send(task, turn, job.noised(message) if noisy else message)
         if turn.what == "kept":
             self.trainer.keep()
+            self.counted = task.round if trains else self.counted
         return turn.what == "kept"
 
     def _turn(self, task: Task) -> Turn:
@@ -211,7 +246,9 @@ class _End:
         settings = self.trainer.job.settings
         if settings.secure:
             context = self._context(task, turn)
-            return bool(contribute(self.channel, self.me, self.identities, context, message, self.used).survivors)
+            sign = partial(self.sign, task)
+            done = contribute(self.channel, self.me, self.identities, context, message, self.used, before_signing=sign)
+            return bool(done.survivors)
         if settings.compression and task.stage == "train" and self.trainer.packed is not None:
             self.channel.send(Packed(task.number, turn.attempt, self.trainer.packed))
         else:
@@ -229,25 +266,59 @@ class _End:
 
     # ---- checkpoints
 
-    def save(self, path: Path, number: int) -> None:
-        """Both states: which of them counts, the coordinator says when we come back."""
-        state = {f"state.{name}": values for name, values in self.trainer.state.items()}
-        pending = {f"pending.{name}": values for name, values in self.trainer.pending.items()}
-        write_checkpoint(path, self.trainer.job.digest, {"round": number}, state | pending)
+    def _may_be_open(self, task: Task) -> bool:
+        """Whether we were killed after we had agreed to open the sum of this task, or of its round."""
+        return task.number <= self.signed or (task.stage == "train" and task.round <= self.signed_round)
 
-    def restore(self, path: Path, admitted: Admitted) -> None:
-        """Go on where the coordinator does. Raises LocalError when our file does not go with that."""
-        if admitted.counted < 0:  # no sum has anything of ours: what lies there is of an earlier run
+    def sign(self, task: Task) -> None:
+        """To be called before a sum can be opened: we open no other one for this task, whatever happens to us."""
+        self.signed = task.number
+        if task.stage == "train":
+            self.signed_round = task.round
+        self.save()
+
+    def save(self, task: Task | None = None) -> None:
+        """Both states: which of them counts, the coordinator says when we come back. task: of which nothing is told."""
+        if self.path is None:
             return
-        found = read_checkpoint(path, self.trainer.job.digest)
-        if found is None or found.facts["round"] < admitted.counted:
+        told, trainer = self.given - Counter([task.stage] if task else []), self.trainer
+        ahead = self.pending > self.counted
+        facts = Standing(
+            agreement=self.whose.agreement,
+            party=self.whose.party,
+            session=self.session,
+            counted=self.counted,
+            pending=self.pending if ahead else self.counted,
+            told=dict(told),
+            signed=self.signed,
+            signed_round=self.signed_round,
+        )
+        state = {f"state.{name}": values for name, values in trainer.state.items()}
+        pending = trainer.pending if ahead else trainer.state
+        arrays = state | {f"pending.{name}": values for name, values in pending.items()}
+        write_checkpoint(self.path, trainer.job.digest, facts, arrays)
+
+    def restore(self, path: Path, whose: Bound, admitted: Admitted) -> None:
+        """Go on where the coordinator does. Raises LocalError when our file does not go with that."""
+        self.path, self.whose, self.counted = path, whose, admitted.counted
+        found = read_checkpoint(path, None, Standing, whose)
+        if found is not None and found.facts.session == self.session:
+            facts: Any = found.facts
+            self.signed, self.signed_round, self.given = facts.signed, facts.signed_round, Counter(facts.told)
+        if admitted.counted >= 0:  # else no sum has anything of ours
+            self._recall(path, admitted)
+        self.save()
+
+    def _recall(self, path: Path, admitted: Admitted) -> None:
+        found = read_checkpoint(path, self.trainer.job.digest, Standing, self.whose)
+        if found is None or found.facts.pending < admitted.counted:
             if self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
                 raise LocalError(
                     f"training goes on from round {admitted.round} and {path} is missing, or older than round "
                     f"{admitted.counted}; restore it, or all begin anew"
                 )
             return
-        which = "pending." if found.facts["round"] == admitted.counted else "state."
+        which = "pending." if found.facts.pending == admitted.counted else "state."
         self.trainer.state = {
             name.removeprefix(which): values for name, values in found.arrays.items() if name.startswith(which)
         }

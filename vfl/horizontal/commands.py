@@ -66,8 +66,7 @@ def _agreed(agreement: Agreement, name: str) -> Table:
     listed = f": {', '.join(map(str, plan.classes))}" if plan.classes else ""
     table.add_row("label", columns.label + listed)
     table.add_row("model", f"{plan.model}, {plan.strategy}, at most {plan.rounds} rounds")
-    clients = len(agreement.clients)
-    table.add_row("quorum", f"{plan.needed(plan.clients.asked(clients))} of {clients} clients")
+    table.add_row("quorum", f"{agreement.quorum} of {len(agreement.clients)} clients")
     for row in protection(plan):
         table.add_row(*row)
     return table
@@ -89,7 +88,8 @@ def run(party: Party, *, events: bool, resume: bool) -> None:
             out.print(f"{party.name}: waiting for {others}, at most {patience:.0f} s", soft_wrap=True)
         finished = job.run(party, watcher, log.warning, resume=resume)
         summary = report.write_outcome(party, finished, warnings)
-        log.info("session %s: %d rounds", finished.session, len(finished.outcome.rounds))
+        rounds = finished.outcome.earlier + len(finished.outcome.rounds)
+        log.info("session %s: %d rounds, %d before this start", finished.session, rounds, finished.outcome.earlier)
     if not events:
         out.print(report.closing_table(summary))
         out.print(f"results in {party.output}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from parties.horizontal import Horizontal
 from parties.party_file import Party
 from parties.session import Progress, Session, open_session
 from parties.tables import Source, read_table
-from vfl.horizontal.client import take_part
+from vfl.horizontal.checkpoint import Bound
+from vfl.horizontal.client import former_session, take_part
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.privacy_budget import PrivacyBudget
@@ -115,13 +117,17 @@ def train(
         "tick": session.tick,
         "progress": session.progress,
         "folder": folder,
+        "agreement": agreement.digest,
         "budget": budget,
         "purpose": agreement.purpose,
     }
     with session.phase("train"):
         if session.name != coordinator:
             return take_part(session.channels[coordinator], session.me, identities, session.id, plan, data, **common)
-        outcome = coordinate(session.channels, session.me, identities, session.id, plan, own=data, **common)
+        back = partial(session.rejoined, plan.clients.deadline)
+        outcome = coordinate(
+            session.channels, session.me, identities, session.id, plan, own=data, rejoined=back, **common
+        )
     session.leave_out(outcome.gone)
     return outcome
 
@@ -134,11 +140,13 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
     Raises:
         LocalError: our table or our folder; nothing was sent. Refused, PeerLost, PeerAborted, ProtocolViolation.
     """
-    approval, data, folder = party.approval, prepare(party), party.output
+    approval, data, folder, former = party.approval, prepare(party), party.output, b""
     if not resume:
         set_aside(folder, CHECKPOINTS)
     elif not any((folder / name).exists() for name in CHECKPOINTS):
         note(f"{folder} has no checkpoint: we begin anew, or where the coordinator is")
+    else:
+        former = former_session(folder, Bound(agreement=party.agreement.digest, party=party.name))
     unopened = folder / "unopened_ledger.jsonl"
     with open_session(
         party.identity,
@@ -148,6 +156,7 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
         ledger_path=unopened,
         forbidden=frozenset(party.file.policy.forbid),
         listen=party.file.listen or None,
+        former=former,
         progress=progress,
         log=note,
     ) as session:

@@ -39,7 +39,8 @@ class Client:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """model: a fitted scikit-learn estimator, or the own model that was given; weights (size,)."""
+    """model: a fitted scikit-learn estimator, or the own model that was given; weights (size,). earlier: how many
+    rounds were done before a client was started again, of which `rounds` has nothing."""
 
     model: Any
     weights: NDArray[np.float64]
@@ -47,6 +48,7 @@ class Outcome:
     clients: Mapping[str, Client]
     warnings: tuple[str, ...] = ()
     gone: tuple[str, ...] = ()
+    earlier: int = 0
 
     @property
     def worst(self) -> str:
@@ -69,9 +71,14 @@ class Outcome:
             "spread": self.spread,
             "warnings": list(self.warnings),
             "gone": list(self.gone),
+            "earlier": self.earlier,
         }
         known: dict[str, Any] = _known(plain)
         return known
+
+
+def already_done(rounds: int) -> str:
+    return f"all {rounds} rounds were done before this start: nothing was trained, the model is theirs"
 
 
 def _known(value: Any) -> Any:

@@ -35,7 +35,7 @@ def write_outcome(party: Party, finished: Finished, warnings: Sequence[str]) -> 
     """Write model.json, summary.json and report.html into the party's output folder; returns the summary."""
     folder, agreement = party.output, party.agreement
     plan, columns = agreed(agreement)
-    rounds = len(finished.outcome.rounds)
+    rounds = finished.outcome.earlier + len(finished.outcome.rounds)
     exact = Exact(plan.model, len(columns.features), plan.classes, plan.C, plan.alpha, plan.fit_intercept)
     HorizontalModel.of(
         finished.outcome.model,
@@ -86,6 +86,7 @@ def training(plan: Horizontal, outcome: Outcome) -> dict[str, Any]:
         "worst": facts["worst"],
         "spread": facts["spread"],
         "gone": facts["gone"],
+        "earlier": facts["earlier"],
     }
 
 
@@ -106,7 +107,7 @@ def render(summary: dict[str, Any], plan: Horizontal) -> str:
     sent = sum(sum(kinds.values()) for kinds in summary["bytes_sent"].values())
     per_round = [one["seconds"] for one in progress]
     cost = [
-        ("rounds", f"{len(progress)}"),
+        ("rounds", f"{summary['earlier'] + len(progress)}"),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in summary["seconds"].items())),
         ("seconds a round", f"{sum(per_round) / len(per_round):.3f}" if per_round else "–"),
         ("sent by us", decimal(sent)),
@@ -184,7 +185,9 @@ def closing_table(summary: dict[str, Any]) -> Table:
 def training_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Rounds, loss, and how the clients fare."""
     progress, evaluation = summary["progress"], summary["evaluation"]
-    rows = [("training", f"{summary['model']}, {summary['strategy']}, {len(progress)} rounds")]
+    earlier = summary.get("earlier", 0)
+    before = f", {earlier} of them before this start" if earlier else ""
+    rows = [("training", f"{summary['model']}, {summary['strategy']}, {earlier + len(progress)} rounds{before}")]
     known = [one["loss"] for one in progress if one["loss"] is not None]
     if known:
         rows.append(("mean loss", f"{known[0]:.4f} at first, {known[-1]:.4f} in the last round"))

@@ -20,12 +20,13 @@ from vfl.horizontal.models import Score
 
 STAGES = ("rows", "means", "scales", "train", "score", "finish")
 LEVELS = (2.0**24, 2.0**32, 2.0**40)  # bounds on the numbers of a message: the least that holds is a client's answer
-NOT_FINITE, TOO_LARGE, DECLINED, OVER_BUDGET = 255, 254, 253, 252
+NOT_FINITE, TOO_LARGE, DECLINED, OVER_BUDGET, SIGNED = 255, 254, 253, 252, 251
 REASONS = {
     NOT_FINITE: "its numbers are not finite",
     TOO_LARGE: "its numbers exceed 2^40",
     DECLINED: "it could not train; its own message says why",
     OVER_BUDGET: "its privacy budget is used up",
+    SIGNED: "it was killed after it had agreed to open this sum, and opens no second one",
 }
 
 

@@ -1,5 +1,5 @@
 """The server's part, without a channel: from sum to sum until training is done. Whoever adds up is a `Crowd`:
-clients behind channels (coordinator.py), or in this process (simulate.py).
+clients behind channels (star.py), or in this process (simulate.py).
 
     rows, then means and scales of the scaler, one sum each; the rounds of training; every client's score.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
-from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
+from vfl.horizontal.checkpoint import Bound, read_checkpoint, write_checkpoint
 from vfl.horizontal.models import Score
 from vfl.horizontal.newton import column_means, scaler
-from vfl.horizontal.outcome import NO_SCORE, Client, Outcome, Round
+from vfl.horizontal.outcome import NO_SCORE, Client, Outcome, Round, already_done
 from vfl.horizontal.robust import rule
 from vfl.horizontal.round_messages import Task
 from vfl.horizontal.settings import TAIL, Job, Spending
@@ -161,6 +161,7 @@ class Leader:
     history: list[Round] = field(default_factory=list)
     before: dict[str, Score] = field(default_factory=dict)
     number: int = 0  # of the next task
+    whose: Bound = field(default_factory=Bound)  # the checkpoint
 
     def task(self, stage: str, vectors: Vector) -> Task:
         self.number += 1
@@ -239,7 +240,7 @@ def lead(
     job, server, crowd = leader.job, leader.server, leader.crowd
     if not server.state:
         leader.prepare()
-    seconds = dict.fromkeys(leader.names, 0.0)
+    began, seconds = server.round, dict.fromkeys(leader.names, 0.0)
     start, parts = server.state, None
     while not server.done:
         progress("train", server.round, job.settings.rounds)
@@ -263,42 +264,58 @@ def lead(
         for name in leader.names
     }
     estimator = job.estimator(weights, server.round, server.scaling, server.rows)
-    return Outcome(estimator, weights, leader.history, clients, warnings(server))
+    return Outcome(estimator, weights, leader.history, clients, warnings(server, began))
 
 
-def warnings(server: Server) -> tuple[str, ...]:
+def warnings(server: Server, began: int) -> tuple[str, ...]:
+    """began: the round from which training went on."""
+    said = []
+    if began and began == server.round:
+        said.append(already_done(began))
     if "converged" in server.state and not server.state["converged"][0]:
-        return (f"the optimum is not reached after {server.round} rounds; agree on more, or standardise the columns",)
-    return ()
+        reached = f"the optimum is not reached after {server.round} rounds"
+        said.append(f"{reached}; agree on more, or standardise the columns")
+    return tuple(said)
 
 
 # ---- checkpoints
 
 
+class Standing(Bound, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the server stands besides its state: rounds done, the next task's number, all rows, what was seen."""
+
+    round: int
+    number: int
+    rows: int
+    history: tuple[Round, ...]
+    before: dict[str, Score]
+
+
 def save(folder: Path, leader: Leader) -> None:
     """Where the server stands after a round."""
-    server = leader.server
-    facts = {
-        "round": server.round,
-        "number": leader.number,
-        "rows": server.rows,
-        "history": [asdict(one) for one in leader.history],
-        "before": {name: asdict(score) for name, score in leader.before.items()},
-    }
+    server, whose = leader.server, leader.whose
+    facts = Standing(
+        agreement=whose.agreement,
+        party=whose.party,
+        round=server.round,
+        number=leader.number,
+        rows=server.rows,
+        history=tuple(leader.history),
+        before=leader.before,
+    )
     scaling = dict(zip(("means", "variances"), server.scaling or (), strict=False))
     arrays = {f"state.{name}": values for name, values in server.state.items()} | scaling
     write_checkpoint(folder / NAME, leader.job.digest, facts, arrays)
 
 
 def restore(folder: Path, leader: Leader) -> None:
-    """Go on from the checkpoint, if there is one. Raises LocalError: it is damaged, or of another job."""
-    found = read_checkpoint(folder / NAME, leader.job.digest)
+    """Go on from the checkpoint, if there is one. Raises LocalError: it is damaged, or of another agreement or job."""
+    found = read_checkpoint(folder / NAME, leader.job.digest, Standing, leader.whose)
     if found is None:
         return
     server, facts, arrays = leader.server, found.facts, found.arrays
-    server.round, server.rows, leader.number = facts["round"], facts["rows"], facts["number"]
+    server.round, server.rows, leader.number = facts.round, facts.rows, facts.number
     server.state = {name.removeprefix("state."): values for name, values in arrays.items() if name.startswith("state.")}
     if "means" in arrays:
         server.scaling = arrays["means"], arrays["variances"]
-    leader.history = [Round(**one | {"clients": tuple(one["clients"])}) for one in facts["history"]]
-    leader.before = {name: Score(**one) for name, one in facts["before"].items()}
+    leader.history, leader.before = list(facts.history), facts.before

@@ -102,12 +102,14 @@ def contribute(
     used: set[bytes],
     timeout: float | None = None,
     seed: bytes | None = None,
+    before_signing: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """At a client: add our values (size,) to the sum.
 
     used: the digests of the contexts in which we took part, kept for as long as the session; we take part in each once.
     timeout: seconds per answer of the coordinator, more than it gives all clients for a step; None: the channel's own.
-    seed: 32 bytes that replay our secrets.
+    seed: 32 bytes that replay our secrets. before_signing: called once the survivors are known: when it returns we sign
+    them, and the sum may be opened.
 
     Reveals:
         To the coordinator: the sum over the survivors, at least `context.threshold` of the agreed clients, or nothing.
@@ -160,6 +162,7 @@ def contribute(
             return Outcome(())
         survivors = _check_flags(context, us, flags, held)
 
+        before_signing()
         signature = sign_survivors(context, us, me, flags)
         channel.send(_step(SurvivorSignature, context, np.frombuffer(signature, np.uint8)))
         if (data := _answer(channel, SignatureList, context, timeout)) is None:

@@ -1,0 +1,328 @@
+"""The clients behind their channels: who is asked, who is late, gone or back, and the two ways to add up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from parties.channel import Channel
+from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused, blame
+from parties.identity import PublicIdentity
+from vfl.horizontal.client import Admitted
+from vfl.horizontal.compression import compressor
+from vfl.horizontal.messages import Step
+from vfl.horizontal.models import Score
+from vfl.horizontal.round_messages import (
+    LEVELS,
+    NOT_FINITE,
+    REASONS,
+    TOO_LARGE,
+    Admission,
+    Packed,
+    Ready,
+    Scores,
+    Table,
+    Task,
+    Turn,
+    Update,
+)
+from vfl.horizontal.rounds import Collected, combine, diverged
+from vfl.horizontal.secure_aggregation import Owed, aggregate, settle
+from vfl.horizontal.settings import TAIL, Job, Schema
+
+S = TypeVar("S", bound=Step)
+Rejoined = Callable[[], Mapping[str, Channel]]
+
+
+@dataclass(eq=False)
+class Star:
+    """The clients behind their channels. owed: which message of a late one is still to come; gone: who left, why;
+    barred: who broke the protocol, and may not come back; counted: the last round that has a client's numbers."""
+
+    job: Job
+    channels: dict[str, Channel]
+    identities: Mapping[str, PublicIdentity]
+    session: bytes
+    me: str
+    tick: Callable[[], None] = lambda: None
+    tables: Mapping[str, Schema] = field(default_factory=dict)
+    rejoined: Rejoined | None = None
+    owed: Owed = field(default_factory=dict)
+    gone: dict[str, str] = field(default_factory=dict)
+    barred: set[str] = field(default_factory=set)
+    counted: dict[str, int] = field(default_factory=dict)
+    task: Task = field(default_factory=lambda: Task(0, 0, "rows", 1, 0, np.empty(0)))
+    asked: Sequence[str] = ()
+    codes: dict[str, int] = field(default_factory=dict)  # what each one's Ready said
+    waiting: list[str] = field(default_factory=list)  # for their turn
+    missing: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    needed: int = 1
+
+    def admit(self, name: str, number: int) -> None:
+        """Tell a client its place, and that round `number` comes next."""
+        place, counted = list(self.channels).index(name), self.counted.get(name, -1)
+        admitted = Admitted(self.job.schema, self.job.clients, place, number, counted)
+        self.channels[name].send(Admission(np.frombuffer(msgspec.json.encode(admitted), np.uint8)))
+
+    def collect(self, task: Task, names: Sequence[str]) -> Collected:
+        """One sum. Raises PeerLost below the quorum, LocalError where the numbers of all who answer diverge."""
+        settings, began = self.job.settings, time.monotonic()
+        self.task, self.asked, self.needed = task, names, self.job.needed(task.stage, len(self.identities))
+        self.codes, self.waiting, self.missing, self.seconds = {}, [], {}, {}
+        self._settle(names, began + settings.clients.deadline)
+        until = time.monotonic() + settings.clients.deadline
+        self._ask(names, until)
+        if self.codes and set(self.codes.values()) <= {NOT_FINITE, TOO_LARGE}:
+            raise diverged(task.round)
+        if settings.secure:
+            total, survivors, attempt = self._add_masked(until)
+            parts, size = None, 8 * len(total) * len(survivors)
+        else:
+            parts, size = self._add_open(until)
+            total = combine(self.job, parts) if task.stage == "train" else np.asarray(sum(parts.values()))
+            survivors, attempt = tuple(parts), 0
+        missing = {name: reason for name, reason in self.missing.items() if name not in survivors}
+        return Collected(total, survivors, missing, parts, size, attempt + 1, self.seconds)
+
+    def confirm(self, collected: Collected) -> None:
+        if self.task.stage == "train":
+            self.counted |= dict.fromkeys(collected.survivors, self.task.round)
+        for name in self.waiting:
+            self._turn(name, "kept" if name in collected.survivors else "left out")
+        self.waiting = []
+
+    def scores(self, task: Task) -> dict[str, Score]:
+        self.task, self.missing = task, {}
+        self._settle((), 0.0)
+        asked = self._tell(list(self.channels), task)
+        until = time.monotonic() + self.job.settings.clients.deadline
+        return {name: one.score for name, one in self._gather(asked, Scores, until)}
+
+    def finish(self, task: Task) -> None:
+        self.task = task
+        self._settle((), 0.0)
+        self._tell(list(self.channels), task)
+
+    # ---- who takes part
+
+    def _ask(self, names: Sequence[str], until: float) -> None:
+        """Give the task to these; who is ready before the deadline waits for its turn."""
+        began = time.monotonic()
+        for name, ready in self._gather(self._tell(names, self.task), Ready, until):
+            self.seconds[name], self.codes[name] = time.monotonic() - began, int(ready.data[0])
+            if self.codes[name] >= len(LEVELS):
+                self.missing[name] = REASONS[self.codes[name]]
+                self._turn(name, "left out")
+        self.waiting = [name for name in self.channels if self.codes.get(name, NOT_FINITE) < len(LEVELS)]
+
+    def _settle(self, names: Sequence[str], until: float) -> None:
+        """Before a task: late and killed clients come back, before the deadline if too few are there without them."""
+        while True:
+            self._take_back()
+            settle(self.channels, self.owed)
+            left = [name for name in names if self._free(name)]
+            if not self._wait(len(left), until, any(name in self.owed or self._may_return(name) for name in names)):
+                return
+
+    def _roll(self, until: float, have: Sequence[str] = ()) -> list[str]:
+        """Who adds up now, besides those that we have; who was killed and comes back is asked once more.
+
+        Raises PeerLost where they are too few by the deadline.
+        """
+        while True:
+            back = [name for name in self._take_back() if name in self.asked and name not in have]
+            self._ask(back, until)
+            settle(self.channels, self.owed)
+            roll = [name for name in self.waiting if name not in have and self._free(name)]
+            late = any(name in self.owed for name in self.waiting) or any(map(self._may_return, self.asked))
+            if not self._wait(len(roll) + len(have), until, late):
+                self._enough([*roll, *have])
+                return roll
+
+    def _wait(self, left: int, until: float, late: bool) -> bool:
+        """Whether to look again, a moment later."""
+        if left >= self.needed or not late or time.monotonic() > until:
+            return False
+        self.tick()
+        time.sleep(0.02)
+        return True
+
+    def _free(self, name: str) -> bool:
+        return name not in self.owed and name not in self.gone
+
+    def _may_return(self, name: str) -> bool:
+        return self.rejoined is not None and name not in self.barred and not self._free(name)
+
+    def _take_back(self) -> list[str]:
+        """Clients that were killed and are back, each over a new channel; they owe nothing and wait for no turn."""
+        back = []
+        for name, channel in (self.rejoined() if self.rejoined is not None else {}).items():
+            try:
+                if name not in self.tables or name in self.barred:
+                    raise Refused(f"{name} has no place to come back to", peer=name)
+                with blame(name):
+                    table = parse_table(channel.receive(Table, self.job.settings.clients.deadline))
+                if table != self.tables[name]:
+                    raise Refused(f"{name} came back with another table", peer=name)
+                self.channels[name] = channel
+                self.admit(name, self.task.round)
+            except (Refused, PeerLost, PeerAborted, ProtocolViolation) as error:
+                channel.abort(error.reason if isinstance(error, PeerAborted) else error.kind)
+                self.missing[name] = self.gone[name] = str(error)
+                continue
+            self.owed.pop(name, None)
+            self.gone.pop(name, None)
+            self.codes.pop(name, None)
+            self.waiting = [other for other in self.waiting if other != name]
+            back.append(name)
+        return back
+
+    # ---- the two ways to add up
+
+    def _bound(self, roll: Sequence[str]) -> float:
+        if self.job.settings.private:
+            return self.job.noise_bound
+        return LEVELS[max((self.codes[name] for name in roll), default=0)]
+
+    def _add_open(self, until: float) -> tuple[dict[str, NDArray[np.float64]], int]:
+        """Each client's numbers, and the bytes that they took."""
+        clients, packed = self.job.settings.clients, self.job.settings.compression and self.task.stage == "train"
+        parts: dict[str, NDArray[np.float64]] = {}
+        size = 0
+        for attempt in range(clients.attempts):
+            roll = self._roll(until, list(parts))
+            for name in roll:
+                self._turn(name, "add", attempt, self._bound(roll))
+            until = time.monotonic() + clients.deadline
+            for name, message in self._gather(roll, Packed if packed else Update, until):
+                try:
+                    with blame(name):
+                        parts[name] = self._numbers(message)
+                except ProtocolViolation as error:
+                    self._leave(name, error)
+                else:
+                    size += message.data.nbytes
+            if len(parts) >= self.needed:
+                break
+        self.waiting = [name for name in self.waiting if name in parts]
+        self._enough(list(parts))
+        return {name: parts[name] for name in self.waiting}, size
+
+    def _numbers(self, message: Step) -> NDArray[np.float64]:
+        """Raises ValueError: of another length than is due."""
+        length, numbers = self.job.length(self.task.stage, self.task.round), message.data
+        if isinstance(message, Packed):
+            head = np.frombuffer(numbers[: 8 * (TAIL + 1)].tobytes(), "<f8")
+            if len(head) != TAIL + 1 or not np.isfinite(head).all():
+                raise ValueError("no weight and score before its update")
+            update = compressor(self.job.settings.compression).decode(numbers[8 * (TAIL + 1) :], length - TAIL - 1)
+            numbers = np.concatenate([update, head])
+        if len(numbers) != length:
+            raise ValueError(f"{len(numbers)} numbers where {length} are due")
+        return numbers
+
+    def _add_masked(self, until: float) -> tuple[NDArray[np.float64], tuple[str, ...], int]:
+        """The sum, over whom, and at which attempt."""
+        clients, length = self.job.settings.clients, self.job.length(self.task.stage, self.task.round)
+        shown: set[bytes] = set()
+        for attempt in range(clients.attempts):
+            roll = self._roll(until)
+            signed, own, bound = len(self.identities), self.me in roll, self._bound(roll)
+            context = self.job.context(self.session, self.task, attempt, tuple(roll), bound, signed, own)
+            for name in roll:
+                self._turn(name, "add", attempt, bound, roll)
+            try:
+                done = aggregate(self.channels, self.identities, context, length, self.owed, clients.deadline, shown)
+            except (PeerLost, ProtocolViolation) as error:
+                self.missing |= {error.peer: str(error)} if error.peer else {}
+                if isinstance(error, ProtocolViolation) and error.peer:
+                    self._leave(error.peer, error)
+                if context.digest in shown:
+                    raise PeerLost(
+                        f"round {self.task.round}: {error}; who has opened this sum opens no second one of the round: "
+                        "run again with --resume"
+                    ) from None
+                last, until = error, time.monotonic() + clients.deadline
+                continue
+            for name, lost in done.lost.items():
+                self.missing[name] = str(lost)
+                if not isinstance(lost, PeerLost):
+                    self.gone[name] = str(lost)
+                if isinstance(lost, ProtocolViolation):
+                    self.barred.add(name)
+            return done.total, done.survivors, attempt
+        raise PeerLost(f"round {self.task.round}: {clients.attempts} attempts failed, the last one so: {last}")
+
+    # ---- talking
+
+    def _tell(self, names: Sequence[str], message: Task) -> list[str]:
+        """One message to all who can take it: their names."""
+        told = []
+        for name in names:
+            if name in self.owed or name in self.gone:
+                self.missing[name] = self.gone.get(name, "its answer to an earlier round is still to come")
+                continue
+            try:
+                self.channels[name].send(message)
+                told.append(name)
+            except (PeerLost, PeerAborted) as error:
+                self._leave(name, error)
+        return told
+
+    def _turn(self, name: str, what: str, attempt: int = 0, bound: float = 1.0, roll: Sequence[str] = ()) -> None:
+        """Tell a client how it goes on; who is gone shows when its answer is read."""
+        names = np.frombuffer(msgspec.json.encode(roll), np.uint8)
+        with suppress(PeerLost, PeerAborted):
+            self.channels[name].send(Turn(self.task.number, attempt, names, what, bound))
+
+    def _gather(self, names: Sequence[str], expected: type[S], until: float) -> Iterator[tuple[str, S]]:
+        """Each client's message, while it comes before the common deadline; the others are out of the sum."""
+        for name in list(names):
+            self.tick()
+            try:
+                with blame(name):
+                    message = self.channels[name].receive(expected, max(0.0, until - time.monotonic()))
+                    if message.round != self.task.number:
+                        raise ValueError(f"{expected.__name__} of another sum")
+            except PeerLost as error:
+                self.missing[name], self.owed[name] = str(error), expected
+                if expected is not Scores:
+                    self._turn(name, "left out")
+            except (PeerAborted, ProtocolViolation) as error:
+                self._leave(name, error)
+            else:
+                yield name, message
+
+    def _leave(self, name: str, error: ColonnadeError) -> None:
+        """It is out for the rest of the session."""
+        self.missing[name] = self.gone[name] = str(error)
+        if isinstance(error, ProtocolViolation):
+            self.barred.add(name)
+            self.channels[name].abort(error.kind)
+
+    def _enough(self, left: Sequence[str]) -> None:
+        if len(left) >= self.needed:
+            return
+        for name in self.waiting:
+            self._turn(name, "left out")
+            if name in self.owed:
+                self.missing.setdefault(name, f"its {self.owed[name].__name__} did not come")
+        missing = "; ".join(f"{name}: {reason}" for name, reason in self.missing.items()) or "nobody answered"
+        stand = f"{len(left)} clients are left, {self.needed} are needed"
+        raise PeerLost(f"round {self.task.round}, {self.task.stage}: {stand}; missing: {missing}")
+
+
+def parse_table(message: Table) -> Schema:
+    """Raises ValueError."""
+    try:
+        return msgspec.json.decode(message.data.tobytes(), type=Schema)
+    except (msgspec.MsgspecError, RecursionError):
+        raise ValueError("the description of its table does not parse") from None

@@ -140,10 +140,9 @@ class Post:
         return self._links[name]
 
     def returned(self) -> dict[str, Link]:
-        """The new links of peers that were started again since we were last asked."""
+        """The new links of peers that were started again, and have greeted us, since we were last asked."""
         with self.changed:
-            back, self._back = self._back, {}
-        return back
+            return {name: self._back.pop(name) for name, link in list(self._back.items()) if link.books.inbox}
 
     def tick(self) -> None:
         """The working loop is alive. Cheap: call it in every step that may take seconds."""

@@ -38,6 +38,7 @@ from vfl.horizontal.local import Correction, Objective, Plan, Trained
 from vfl.horizontal.messages import KeyList, KeyOffer
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
+from vfl.horizontal.report import training, training_rows
 from vfl.horizontal.round_messages import Admission, Ready, Scores, Task, Turn
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected
@@ -524,6 +525,12 @@ def test_two_clients_train_without_secure_aggregation() -> None:
 # ---- checkpoints
 
 
+def stored(folder: Path) -> dict[str, Any]:
+    for who in ("hub", *NAMES):
+        (folder / who).mkdir()
+    return {"client": lambda who: {"folder": folder / who}, "hub": {"folder": folder / "hub"}}
+
+
 @pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedavgm", "exact"])
 def test_killed_and_restarted_training_ends_where_undisturbed_training_does(name: str, tmp_path: Path) -> None:
     x, y = cancer()
@@ -546,6 +553,20 @@ def test_killed_and_restarted_training_ends_where_undisturbed_training_does(name
     assert [one.number for one in again.rounds] == [one.number for one in undisturbed.rounds]
 
 
+def test_resuming_a_finished_job_says_that_nothing_was_left_to_do(tmp_path: Path) -> None:
+    x, y = cancer()
+    settings, parts, stores = family("fedavg", rounds=2), dealt(x, y), stored(tmp_path)
+    first = Table(settings, parts, **stores).run()
+    table = Table(settings, parts, session=bytes(32), **stores)
+    again = table.run()
+    np.testing.assert_array_equal(again.weights, first.weights)
+    for one in (again, *table.outcomes.values()):
+        assert one.warnings == ("all 2 rounds were done before this start: nothing was trained, the model is theirs",)
+        assert one.earlier + len(one.rounds) == 2
+    shown = dict(training_rows(training(settings, table.outcomes["c0"])))
+    assert shown["training"] == "logistic, fedavg, 2 rounds, 2 of them before this start"
+
+
 @pytest.mark.parametrize("secure", ["on", "none"])
 def test_a_sum_that_the_coordinator_has_saved_counts_for_clients_that_never_heard(
     secure: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -553,9 +574,7 @@ def test_a_sum_that_the_coordinator_has_saved_counts_for_clients_that_never_hear
     """It dies between its checkpoint and the confirmation: SCAFFOLD's control variates must still agree."""
     x, y = cancer()
     settings, parts = family("scaffold", rounds=4, secure_aggregation=secure), dealt(x, y)
-    for who in ("hub", *NAMES):
-        (tmp_path / who).mkdir()
-    stores = {"client": lambda who: {"folder": tmp_path / who}, "hub": {"folder": tmp_path / "hub"}}
+    stores = stored(tmp_path)
 
     def dies(star: Star, collected: Collected) -> None:
         if star.task.stage == "train" and star.task.round == 2:
@@ -586,12 +605,6 @@ def test_checkpoints_that_are_damaged_or_of_another_job_are_refused(tmp_path: Pa
 
 READY = 8 + 6 * 2  # the number of a client's Ready in round 2: after its table, a sum of rows, a score and two rounds
 KILLED = {"Ready": 0, "KeyOffer": 1, "SealedShares": 2, "MaskedInput": 3, "SurvivorSignature": 4, "Unmasking": 5}
-
-
-def stored(folder: Path) -> dict[str, Any]:
-    for who in ("hub", *NAMES):
-        (folder / who).mkdir()
-    return {"client": lambda who: {"folder": folder / who}, "hub": {"folder": folder / "hub"}}
 
 
 def waits(table: Table) -> None:

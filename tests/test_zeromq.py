@@ -319,8 +319,10 @@ def test_a_killed_peer_gets_a_new_link_and_frames_of_its_former_process_count_no
         with Cheater(bank.endpoint) as killed:
             former = killed.greet()
         with connecting(GROCER, bank.endpoint) as grocer:
+            grocer.link("bank").send(b"hello", b"", SOON)
             found: dict[str, Link] = {}
             until(lambda: bool(found.update(bank.returned()) or found))
+            assert found["grocer"].receive(SOON) == (b"hello", b"")
             fails(PeerLost, "grocer was started again", lambda: old.receive(SOON))
             with Cheater(bank.endpoint) as replayed:
                 replayed.socket.send_multipart([fixed(OPEN, 1, former), b"old", b""])

@@ -141,11 +141,9 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
         LocalError: our table or our folder; nothing was sent. Refused, PeerLost, PeerAborted, ProtocolViolation.
     """
     approval, data, folder, former = party.approval, prepare(party), party.output, b""
-    if not resume:
-        set_aside(folder, CHECKPOINTS)
-    elif not any((folder / name).exists() for name in CHECKPOINTS):
+    if resume and not any((folder / name).exists() for name in CHECKPOINTS):
         note(f"{folder} has no checkpoint: we begin anew, or where the coordinator is")
-    else:
+    elif resume:
         former = former_session(folder, Bound(agreement=party.agreement.digest, party=party.name))
     unopened = folder / "unopened_ledger.jsonl"
     with open_session(
@@ -160,7 +158,7 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
         progress=progress,
         log=note,
     ) as session:
-        set_aside(folder, LEFT)
+        set_aside(folder, LEFT if resume else (*LEFT, *CHECKPOINTS))  # not sooner: a job that goes on refuses us
         unopened.replace(folder / "ledger.jsonl")
         outcome = train(session, data, folder, PrivacyBudget(budget_path(party), party.identity))
     return _finished(session, outcome, data)

@@ -78,6 +78,7 @@ class Star:
         self.task, self.asked, self.needed = task, names, self.job.needed(task.stage, len(self.identities))
         self.codes, self.waiting, self.missing, self.seconds = {}, [], {}, {}
         self._settle(names, began + settings.clients.deadline)
+        self._enough(self._present(names))
         until = time.monotonic() + settings.clients.deadline
         self._ask(names, until)
         if self.codes and set(self.codes.values()) <= {NOT_FINITE, TOO_LARGE}:
@@ -139,7 +140,8 @@ class Star:
         """
         while True:
             back = [name for name in self._take_back() if name in self.asked and name not in have]
-            self._ask(back, until)
+            if back:
+                self._ask(back, until)
             settle(self.channels, self.owed)
             roll = [name for name in self.waiting if name not in have and self._free(name)]
             late = any(name in self.owed for name in self.waiting) or any(map(self._may_return, self.asked))
@@ -157,6 +159,13 @@ class Star:
 
     def _free(self, name: str) -> bool:
         return name not in self.owed and name not in self.gone
+
+    def _present(self, names: Sequence[str]) -> list[str]:
+        """Those whom we can talk to; of the others it is noted why not."""
+        for name in names:
+            if not self._free(name):
+                self.missing[name] = self.gone.get(name, "its answer to an earlier round is still to come")
+        return [name for name in names if self._free(name)]
 
     def _may_return(self, name: str) -> bool:
         return self.rejoined is not None and name not in self.barred and not self._free(name)
@@ -177,6 +186,8 @@ class Star:
             except (Refused, PeerLost, PeerAborted, ProtocolViolation) as error:
                 channel.abort(error.reason if isinstance(error, PeerAborted) else error.kind)
                 self.missing[name] = self.gone[name] = str(error)
+                if isinstance(error, ProtocolViolation):
+                    self.barred.add(name)
                 continue
             self.owed.pop(name, None)
             self.gone.pop(name, None)
@@ -266,10 +277,7 @@ class Star:
     def _tell(self, names: Sequence[str], message: Task) -> list[str]:
         """One message to all who can take it: their names."""
         told = []
-        for name in names:
-            if name in self.owed or name in self.gone:
-                self.missing[name] = self.gone.get(name, "its answer to an earlier round is still to come")
-                continue
+        for name in self._present(names):
             try:
                 self.channels[name].send(message)
                 told.append(name)
@@ -302,7 +310,7 @@ class Star:
                 yield name, message
 
     def _leave(self, name: str, error: ColonnadeError) -> None:
-        """It is out for the rest of the session."""
+        """It is out for the rest of the session, unless it comes back over another channel."""
         self.missing[name] = self.gone[name] = str(error)
         if isinstance(error, ProtocolViolation):
             self.barred.add(name)

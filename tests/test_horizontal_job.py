@@ -243,6 +243,17 @@ def test_without_its_quorum_the_coordinator_names_the_missing(tmp_path: Path) ->
     assert "0 of 4 clients came within 1 s, 3 are needed; missing: site0, site1, site2, site3" in error
 
 
+def test_a_run_that_does_not_begin_leaves_the_checkpoint_where_it_is(tmp_path: Path) -> None:
+    """Who forgot --resume while the job goes on is refused, and may try again with it."""
+    paths = build(tmp_path, patients(3), connect=1)
+    kept = tmp_path / "out" / "site0" / "client.checkpoint"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"kept")
+    said(4, "run", paths["site0"])
+    assert kept.read_bytes() == b"kept"
+    assert "is no checkpoint, or is damaged" in said(2, "run", "--resume", paths["site0"])
+
+
 class Running:
     """Parties as processes, which a test may kill when they report a round."""
 

@@ -130,6 +130,7 @@ class Session:
             if name in self.channels:
                 self.ledger.note("not countersigned", peer=name, reason=PeerLost.kind)
             self.ledger.note("rejoined", peer=name)
+            _LOG.info("%s came back", name)
             self.channels[name] = found[name] = channel
         return found
 

@@ -330,7 +330,7 @@ class Post:
             self._links[link.name] = self._by_user[curve.user_id(link.peer.public.curve)] = fresh
             self._back[link.name] = fresh
             return fresh
-        if link.knocked is None:
+        if link.knocked is None or now > link.knocked + self.patience.silence:
             link.knocked = now
         elif link.heard > link.knocked + _ALIVE and link.socket is not None:
             link.knocked = None

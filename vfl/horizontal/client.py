@@ -18,7 +18,7 @@ from parties.channel import Channel
 from parties.errors import ColonnadeError, LocalError, PeerAborted, Refused, blame
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity
-from vfl.horizontal.checkpoint import Bound, read_checkpoint, write_checkpoint
+from vfl.horizontal.checkpoint import Bound, Checkpoint, read_checkpoint, write_checkpoint
 from vfl.horizontal.context import Context
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Client, Outcome, Round, already_done
@@ -59,12 +59,11 @@ class Admitted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Standing(Bound, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a client remembers besides its states.
 
-    counted: the last round that `state` has; pending: the one that `pending` has. told: in `session`, how many tasks of
-    each stage we answered so that something may be known; signed, signed_round: the newest of them, and of training.
+    pending: the last round that the pending state has. told: how many tasks of each stage of `session` we answered so
+    that something may be known; signed, signed_round: the newest sum that may be open, and the newest of training.
     """
 
     session: bytes
-    counted: int
     pending: int
     told: dict[str, int]
     signed: int
@@ -287,7 +286,6 @@ class _End:
             agreement=self.whose.agreement,
             party=self.whose.party,
             session=self.session,
-            counted=self.counted,
             pending=self.pending if ahead else self.counted,
             told=dict(told),
             signed=self.signed,
@@ -301,20 +299,20 @@ class _End:
     def restore(self, path: Path, whose: Bound, admitted: Admitted) -> None:
         """Go on where the coordinator does. Raises LocalError when our file does not go with that."""
         self.path, self.whose, self.counted = path, whose, admitted.counted
-        found = read_checkpoint(path, None, Standing, whose)
+        known = admitted.counted >= 0  # else no sum has anything of ours: what lies there may be of an earlier run
+        found = read_checkpoint(path, self.trainer.job.digest if known else None, Standing, whose)
         if found is not None and found.facts.session == self.session:
-            facts: Any = found.facts
-            self.signed, self.signed_round, self.given = facts.signed, facts.signed_round, Counter(facts.told)
-        if admitted.counted >= 0:  # else no sum has anything of ours
-            self._recall(path, admitted)
+            self.signed, self.signed_round = found.facts.signed, found.facts.signed_round
+            self.given = Counter(found.facts.told)
+        if known:
+            self._recall(found, admitted)
         self.save()
 
-    def _recall(self, path: Path, admitted: Admitted) -> None:
-        found = read_checkpoint(path, self.trainer.job.digest, Standing, self.whose)
+    def _recall(self, found: Checkpoint[Any] | None, admitted: Admitted) -> None:
         if found is None or found.facts.pending < admitted.counted:
             if self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
                 raise LocalError(
-                    f"training goes on from round {admitted.round} and {path} is missing, or older than round "
+                    f"training goes on from round {admitted.round} and {self.path} is missing, or older than round "
                     f"{admitted.counted}; restore it, or all begin anew"
                 )
             return

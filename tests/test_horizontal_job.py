@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,23 @@ COLUMN_FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "with gaps": (lambda table: table.assign(dose=table["dose"].where(table["dose"] > 0)), "'dose'"),
     "another class": (lambda table: table.assign(ill="perhaps"), "30 labels are none of the 2 agreed classes"),
 }
+
+
+OPEN = 'strategy = "fedavg"\nsecure_aggregation = "none"\n'
+WRONG_PLANS = {
+    "unknown compression 'gzip'": OPEN + 'compression = "gzip"',
+    "fedavg does not know all of: mu": OPEN + "parameters = { mu = 1.0 }",
+    '"exact" has no parameters': "parameters = { mu = 1.0 }",
+    "krum withstands 1 poisoned clients among at least 5, and there are 3": OPEN + 'robust = "krum"\npoisoned = 1',
+}
+
+
+@pytest.mark.parametrize("reason", WRONG_PLANS)
+def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_sent(reason: str, tmp_path: Path) -> None:
+    paths = build(tmp_path, patients(3), horizontal=WRONG_PLANS[reason])
+    for command, name in product(("check", "sign", "run"), ("site0", "lead")):
+        assert reason in said(2, command, paths[name])
+    assert not list((tmp_path / "out").glob("*/ledger.jsonl"))
 
 
 @pytest.mark.parametrize("fault", COLUMN_FAULTS)

@@ -26,7 +26,7 @@ from parties.memory import links
 from parties.message import CLASSES, decode, name_of, parse_header
 from vfl.horizontal import secure_aggregation
 from vfl.horizontal.checkpoint import Bound
-from vfl.horizontal.client import Admitted, former_session, take_part
+from vfl.horizontal.client import Admitted, _End, former_session, take_part
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.federated import (
     FederatedLinearRegression,
@@ -39,7 +39,7 @@ from vfl.horizontal.messages import KeyList, KeyOffer
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.report import training, training_rows
-from vfl.horizontal.round_messages import Admission, Ready, Scores, Task, Turn
+from vfl.horizontal.round_messages import Admission, Ready, Scores, Task, Turn, Update
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected
 from vfl.horizontal.settings import Job, Schema
@@ -780,6 +780,37 @@ def test_compression_saves_bytes_and_still_learns(how: str, least: float) -> Non
     assert packed.rounds[-1].loss < 0.9 * packed.rounds[0].loss
 
 
+def test_a_client_that_calls_its_numbers_fine_and_sends_nan_is_named_and_left_out() -> None:
+    """It is taken off the same round, whose sum the others make; what it claims of itself does not matter."""
+    table = Table(own(secure_aggregation="none"), {name: Toy() for name in NAMES})
+    plain = _End._send
+
+    def lies(end: _End, task: Task, turn: Turn, message: np.ndarray) -> bool:
+        if end.me.name == "c1" and task.stage == "train" and task.round == 1:
+            broken = Update(task.number, turn.attempt, message)
+            object.__setattr__(broken, "data", message * np.nan)
+            end.channel.send(broken)
+            return True
+        return plain(end, task, turn, message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_End, "_send", lies)
+        outcome = table.run()
+    assert [one.clients for one in outcome.rounds] == [NAMES, *[("c0", "c2", "c3")] * 3]
+    assert "not finite" in outcome.rounds[1].missing["c1"] and outcome.gone == ("c1",)
+    np.testing.assert_allclose(outcome.weights, 4.0)
+
+
+def test_a_claimed_weight_below_zero_moves_nothing_under_a_robust_rule() -> None:
+    class Claims(Toy):
+        def fit_local(self, *given: Any) -> Trained:
+            return replace(super().fit_local(*given), rows=-1000)
+
+    parts = {name: Claims() if name == "c3" else Toy() for name in NAMES}
+    settings = own(rounds=2, robust="median", secure_aggregation="none")
+    np.testing.assert_allclose(Table(settings, parts).run().weights, 2.0)
+
+
 @pytest.mark.parametrize("robust", ["median", "trimmed_mean", "krum", "multi_krum"])
 def test_sign_flipping_clients_ruin_the_mean_and_not_the_robust_rules(robust: Any) -> None:
     x, y = cancer()
@@ -817,9 +848,11 @@ def test_sign_flipping_clients_ruin_the_mean_and_not_the_robust_rules(robust: An
     assert accuracy(2, robust) > honest - 0.03
 
 
-def test_the_norm_bound_also_holds_under_secure_aggregation() -> None:
+@pytest.mark.parametrize("secure", ["on", "none"])
+def test_the_norm_bound_holds_with_secure_aggregation_and_without(secure: Any) -> None:
     parts = {name: Toy(acts={0: lambda weights: weights + 1e6} if name == "c0" else {}) for name in NAMES}
-    bounded = Table(own(rounds=1, robust="norm_bound", norm_bound=np.sqrt(3)), parts).run()
+    settings = own(rounds=1, robust="norm_bound", norm_bound=np.sqrt(3), secure_aggregation=secure)
+    bounded = Table(settings, parts).run()
     np.testing.assert_allclose(bounded.weights, 1.0)
 
 

@@ -5,7 +5,8 @@
                   bias (QSGD: Alistarh et al. 2017)
 
 Error feedback (Karimireddy et al. 2019): send C(update + memory), keep what C lost as the memory. A message is one
-array of bytes, so its length is what the wire carries. Neither form survives secure aggregation: `WHY_NOT_SECURE`.
+array of bytes, so its length is what the wire carries. With positions or scales of their own, no sum of messages means
+anything: compression excludes secure aggregation.
 """
 
 from __future__ import annotations
@@ -21,10 +22,6 @@ from vfl.losses import Vector
 
 Bytes = NDArray[np.uint8]
 BLOCK = 1024  # coordinates that share a scale
-WHY_NOT_SECURE = (
-    "compressed updates have positions or scales of their own, so their sum under masks means nothing; turn secure "
-    "aggregation off, or send fewer coordinates with federated dropout, which all clients choose alike"
-)
 
 
 class Compressor(Protocol):

@@ -23,6 +23,7 @@ from vfl.horizontal.client import former_session, take_part
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.privacy_budget import PrivacyBudget
+from vfl.horizontal.rounds import checked
 from vfl.horizontal.trainer import Data
 
 CHECKPOINTS = ("coordinator.checkpoint", "client.checkpoint")
@@ -53,9 +54,10 @@ def prepare(party: Party) -> Data | None:
     """Our rows, checked against the agreement; None at a coordinator that has none. Nothing has been sent yet.
 
     Raises:
-        LocalError: names file, column and count.
+        LocalError: names file, column and count, or what of the agreement cannot be. Refused: too few clients for it.
     """
     plan, columns = agreed(party.agreement)
+    checked(plan, len(party.agreement.clients), party.agreement.job.coordinator_trains)
     if plan.model == "own":
         raise LocalError("the command line trains logistic, linear and poisson; train an own model from Python")
     if not party.trains:

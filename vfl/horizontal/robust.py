@@ -4,12 +4,12 @@ Every rule maps updates (clients, d) and weights (clients,) to one update (d,). 
 ignore the weights: a client claims its own, and a poisoner would claim a large one. No rule depends on the clients'
 order. What they assume, and no rule can do without: the honest clients' updates resemble each other.
 
-All raise NotFinite, which names the clients with NaN, so that the round can be repeated without them.
+Mean and norm bound (every client clips its own update) work on sums; the others need each client's own update.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -20,31 +20,13 @@ from vfl.horizontal.privacy import Array, clip
 
 Rule = Callable[[Array, Array], Array]
 
-_EACH = "needs every client's own update, and secure aggregation shows nobody more than their sum"
-# Why a rule cannot run under secure aggregation; "" where it can (norm bound: every client clips its own update).
-UNDER_SECURE_AGGREGATION: Mapping[str, str] = {
-    "mean": "",
-    "norm_bound": "",
-    "median": f"the median {_EACH}",
-    "trimmed_mean": f"the trimmed mean {_EACH}",
-    "krum": f"Krum {_EACH}",
-    "multi_krum": f"multi-Krum {_EACH}",
-}
+NAMES = ("mean", "norm_bound", "median", "trimmed_mean", "krum", "multi_krum")
 
 
-class NotFinite(ValueError):
-    """Updates with NaN or infinite numbers: `clients` has their indices."""
-
-    def __init__(self, clients: list[int]) -> None:
-        named = ", ".join(map(str, clients[:10])) + (", ..." if len(clients) > 10 else "")
-        super().__init__(f"updates of {len(clients)} clients are not finite, at index {named}")
-        self.clients = clients
-
-
-def rule(name: str, *, poisoned: int = 0, bound: float = 0.0) -> Rule:
+def rule(name: str, *, poisoned: int = 0, bound: float = 0.0, clients: int | None = None) -> Rule:
     """The rule of an agreement: `poisoned` for trimmed mean, Krum and multi-Krum, `bound` for the norm bound.
 
-    Raises LocalError: no such rule, or it lacks its parameter.
+    Raises LocalError: no such rule, it lacks its parameter, or it needs more than `clients`.
     """
     rules: dict[str, Rule] = {
         "mean": mean,
@@ -60,6 +42,8 @@ def rule(name: str, *, poisoned: int = 0, bound: float = 0.0) -> Rule:
         raise LocalError("the norm bound of updates is a positive number; set it in the agreement")
     if name in ("trimmed_mean", "krum", "multi_krum") and poisoned < 1:
         raise LocalError(f"{name} needs the most clients that may be poisoned, at least 1; set it in the agreement")
+    if clients is not None:
+        _enough(clients, poisoned, name)
     return rules[name]
 
 
@@ -88,7 +72,7 @@ def trimmed_mean(updates: Array, weights: Array, poisoned: int) -> Array:
     Raises LocalError: fewer than 2 poisoned + 1 clients.
     """
     _checked(updates, weights)
-    _enough(len(updates), 2 * poisoned + 1, "the trimmed mean", poisoned)
+    _enough(len(updates), poisoned, "trimmed_mean")
     return np.asarray(np.sort(updates, axis=0)[poisoned : len(updates) - poisoned].mean(axis=0))
 
 
@@ -102,7 +86,7 @@ def multi_krum(updates: Array, weights: Array, poisoned: int, chosen: int | None
     """
     _checked(updates, weights)
     clients = len(updates)
-    _enough(clients, 2 * poisoned + 3, "Krum", poisoned)
+    _enough(clients, poisoned, "krum")
     distances = np.sort(squareform(pdist(updates, "sqeuclidean")), axis=1)  # the first is 0, to itself
     scores = distances[:, 1 : clients - poisoned - 1].sum(axis=1)
     ranked = sorted(range(clients), key=lambda i: (scores[i], updates[i].tobytes()))  # ties: not by who comes first
@@ -110,17 +94,17 @@ def multi_krum(updates: Array, weights: Array, poisoned: int, chosen: int | None
 
 
 def _checked(updates: Array, weights: Array) -> None:
-    """Raises NotFinite (a ValueError), or ValueError when there are no updates or not as many weights."""
+    """Raises ValueError: no updates, not as many weights, or what is not finite."""
     if updates.ndim != 2 or not len(updates) or weights.shape != (len(updates),):
         raise ValueError("updates are (clients, d) of at least one client, weights (clients,)")
-    broken = np.flatnonzero(~np.isfinite(updates).all(axis=1))
-    if len(broken):
-        raise NotFinite(broken.tolist())
+    if not np.isfinite(updates).all():
+        raise ValueError("updates are not finite")
 
 
-def _enough(clients: int, least: int, what: str, poisoned: int) -> None:
+def _enough(clients: int, poisoned: int, name: str) -> None:
+    least = {"trimmed_mean": 2 * poisoned + 1, "krum": 2 * poisoned + 3, "multi_krum": 2 * poisoned + 3}.get(name, 1)
     if clients < least:
         raise LocalError(
-            f"{what} withstands {poisoned} poisoned clients among at least {least}, and there are {clients}; "
+            f"{name} withstands {poisoned} poisoned clients among at least {least}, and there are {clients}; "
             "invite more clients or agree on fewer poisoned ones"
         )

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
 from vfl.horizontal.checkpoint import Bound, read_checkpoint, write_checkpoint
+from vfl.horizontal.compression import compressor
 from vfl.horizontal.models import Score
 from vfl.horizontal.newton import column_means, scaler
 from vfl.horizontal.outcome import NO_SCORE, Client, Outcome, Round, already_done
 from vfl.horizontal.robust import rule
 from vfl.horizontal.round_messages import Task
 from vfl.horizontal.settings import TAIL, Job, Spending
-from vfl.horizontal.strategies import Population, State, broadcast, server_round
+from vfl.horizontal.strategies import Population, State, broadcast, server_round, strategy
 
 Vector = NDArray[np.float64]
 NAME = "coordinator.checkpoint"
@@ -61,11 +62,22 @@ class Crowd(Protocol):
 
 
 def checked(settings: Horizontal, clients: int, own: bool = False) -> None:
-    """Raises Refused when so many clients cannot do it. own: the coordinator is one of them."""
+    """What the settings alone decide, before any data is read. own: the coordinator is one of the clients.
+
+    Raises Refused when so many clients cannot do it, LocalError for a strategy, compression or rule that cannot be.
+    """
     try:
         settings.check(clients, own)
     except ValueError as error:
         raise Refused(str(error)) from None
+    if settings.strategy != "exact":
+        strategy(settings.strategy, settings.parameters)
+    elif settings.parameters:
+        raise LocalError('strategy "exact" has no parameters; take them out')
+    if settings.compression:
+        compressor(settings.compression)
+    asked = settings.clients.asked(clients)
+    rule(settings.robust, poisoned=settings.poisoned, bound=settings.norm_bound, clients=asked)
 
 
 @dataclass(eq=False)
@@ -146,6 +158,7 @@ def combine(job: Job, parts: Mapping[str, Vector]) -> Vector:
         return total
     updates = messages[present, :cut] / weights[present, None]
     chosen = rule(job.settings.robust, poisoned=job.settings.poisoned, bound=job.settings.norm_bound)
+    total[cut] = weights[present].sum()  # a weight below zero is nobody's rows
     total[:cut] = chosen(updates, weights[present]) * total[cut]
     return total
 

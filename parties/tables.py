@@ -123,13 +123,14 @@ def read_table(
     *,
     categories: Collection[str] = (),
     gaps: Collection[str] = (),
+    least: int = 1,
     scratch: Scratch | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Table:
     """Read ids, features and (label holder only) the label; `positive` is the label's value that counts as 1.
 
-    Features are numbers, but those of `categories` text; numbers in those of `gaps` may be missing. What is large goes
-    to `scratch`; `progress` hears how many rows have been read so far.
+    Features are numbers, but those of `categories` text; numbers in those of `gaps` may be missing. `least` 0: there
+    may be no row. What is large goes to `scratch`; `progress` hears how many rows have been read so far.
 
     Raises:
         LocalError: the table is missing, empty, unreadable, not UTF-8 or changed meanwhile; a column is missing, not
@@ -165,7 +166,7 @@ def read_table(
     with _unchanged(source):
         table = scratch.table(converted(), schema)
     pa.default_memory_pool().release_unused()
-    if not table.num_rows:
+    if table.num_rows < least:
         raise LocalError(f"{place} has no rows")
     faults.check(place, gaps)
     truth = None

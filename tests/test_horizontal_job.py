@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from dp_accounting import GaussianDpEvent
+from dp_accounting.pld import PLDAccountant
 from sklearn.linear_model import LogisticRegression
 
 from parties.agreement import Agreement
@@ -31,6 +33,7 @@ from tests.conftest import IDENTITIES, NAMES
 from tests.world import colonnade, free_ports, together
 from vfl.horizontal import job
 from vfl.horizontal.newton import Exact
+from vfl.horizontal.settings import Job, Schema
 from vfl.horizontal.share import HorizontalModel
 from vfl.horizontal.simulate import simulate
 from vfl.horizontal.trainer import Data
@@ -369,6 +372,21 @@ def test_check_and_sign_show_what_an_owner_approves(tmp_path: Path) -> None:
     assert colonnade("sign", paths["lead"])[0] == 0  # it has no table, and needs none
 
 
+@pytest.mark.parametrize("minimum", ["", "minimum_rows = 1", "minimum_classes = 2"])
+def test_a_site_without_rows_takes_part_unless_the_agreed_minimum_refuses_it(minimum: str, tmp_path: Path) -> None:
+    tables = patients(4)
+    tables["site1"] = tables["site1"].iloc[:0]
+    paths = build(tmp_path, tables, clients=minimum)
+    if minimum:
+        for command in ("check", "sign", "run"):
+            assert "than the agreed minimum" in said(3, command, paths["site1"])
+        return
+    codes, errors = together({name: ["run", path] for name, path in paths.items()})
+    assert codes == dict.fromkeys(paths, 0), errors
+    model = HorizontalModel.load(tmp_path / "out" / "site1" / "model.json").estimator()
+    np.testing.assert_allclose(model.coef_, pooled(tables).coef_, atol=1e-5)
+
+
 COLUMN_FAULTS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "missing": (lambda table: table.drop(columns="dose"), "'dose'"),
     "not a number": (lambda table: table.assign(dose="much"), "'dose' 30 not numbers"),
@@ -536,6 +554,29 @@ def test_privacy_is_paid_from_one_file_beside_the_key_or_not_at_all(tmp_path: Pa
     before = job.budget_path(Party(paths["site0"]))
     paths["site0"].write_text(paths["site0"].read_text().replace("out/site0", "elsewhere"))
     assert job.budget_path(Party(paths["site0"])) == before == tmp_path / "site0.privacy.json"
+
+
+def test_what_noise_has_cost_is_reported_and_a_later_job_stops_when_it_is_used_up(tmp_path: Path) -> None:
+    """Two rounds and one repeat are paid for. One job takes two of the three, so a second one fails in its round 1."""
+    plan = "rounds = 2\nprivacy = { level = 'client', epsilon = 3.0, delta = 1e-5, rows = 90, repeats = 1 }"
+    paths = build(tmp_path, patients(3), horizontal=f'strategy = "fedavg"\n{plan}')
+    codes, errors = together({name: ["run", path] for name, path in paths.items()})
+    assert codes == dict.fromkeys(paths, 0), errors
+    told = summary(tmp_path, "site0")["epsilon"]
+    accountant, settings = PLDAccountant(), job.agreed(Party(paths["site0"]).agreement)[0]
+    multiplier = Job(
+        settings, Schema(model="logistic", columns=FEATURES, classes=settings.classes), 3
+    ).mechanism.multiplier
+    spent = accountant.compose(GaussianDpEvent(multiplier), 2).get_epsilon(1e-5)
+    assert (told["spent"], told["allowed"]) == (pytest.approx(spent, rel=0.01), 3.0)
+    assert accountant.compose(GaussianDpEvent(multiplier)).get_epsilon(1e-5) == pytest.approx(3.0, rel=0.01)
+    page = (tmp_path / "out" / "site0" / "report.html").read_text()
+    assert f"epsilon {told['spent']:.4g} of 3 at delta 1e-05" in page
+    assert summary(tmp_path, "lead")["epsilon"] is None  # it adds no noise
+    codes, errors = together({name: ["run", path] for name, path in paths.items()})
+    assert codes == {"lead": 4, "site0": 3, "site1": 3, "site2": 3}
+    assert "round 1, train: 0 clients are left" in errors["lead"]
+    assert "the privacy budget for to test is used up: epsilon 3 at delta 1e-05 allowed" in errors["site0"]
 
 
 # ---- the model's file

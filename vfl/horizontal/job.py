@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parties.agreement import Agreement, Columns
-from parties.errors import LocalError
+from parties.errors import LocalError, Refused
 from parties.files import set_aside
 from parties.horizontal import Horizontal
 from parties.party_file import Party
@@ -24,7 +24,7 @@ from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.rounds import checked
-from vfl.horizontal.trainer import Data
+from vfl.horizontal.trainer import Data, describe
 
 CHECKPOINTS = ("coordinator.checkpoint", "client.checkpoint")
 LEFT = ("ledger.jsonl", "model.json", "summary.json", "report.html")
@@ -54,7 +54,7 @@ def prepare(party: Party) -> Data | None:
     """Our rows, checked against the agreement; None at a coordinator that has none. Nothing has been sent yet.
 
     Raises:
-        LocalError: names file, column and count, or what of the agreement cannot be. Refused: too few clients for it.
+        LocalError: names file, column and count, or what of the agreement cannot be. Refused: too few clients, or rows.
     """
     plan, columns = agreed(party.agreement)
     checked(plan, len(party.agreement.clients), party.agreement.job.coordinator_trains)
@@ -63,7 +63,10 @@ def prepare(party: Party) -> Data | None:
     if not party.trains:
         return None
     choice = party.file.table
-    return read_rows(party.source, plan, columns, choice.columns, choice.units)
+    data = read_rows(party.source, plan, columns, choice.columns, choice.units)
+    if short := describe(plan, data, None).short:
+        raise Refused(f"{party.source} has fewer {short} than the agreed minimum; agree on less, or stay out")
+    return data
 
 
 def read_rows(source: Source, plan: Horizontal, columns: Columns, names: dict[str, str], units: dict[str, str]) -> Data:
@@ -75,7 +78,7 @@ def read_rows(source: Source, plan: Horizontal, columns: Columns, names: dict[st
     ours = {name: names.get(name, name) for name in (*columns.features, columns.label)}
     label = ours[columns.label]
     classified = plan.model == "logistic"
-    table = read_table(source, [], [*ours.values()], categories=[label] if classified else [])
+    table = read_table(source, [], [*ours.values()], categories=[label] if classified else [], least=0)
     y = table.features[label]
     return Data(
         np.column_stack([table.features[ours[name]] for name in columns.features]),

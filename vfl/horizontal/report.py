@@ -12,9 +12,10 @@ from rich.table import Table
 from parties.files import write_json, write_whole
 from parties.horizontal import Horizontal
 from parties.party_file import Party
-from vfl.horizontal.job import Finished, agreed
+from vfl.horizontal.job import Finished, agreed, budget_path
 from vfl.horizontal.newton import Exact
 from vfl.horizontal.outcome import Outcome
+from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.share import HorizontalModel
 from vfl.pages import BOTTOM, LEFT, PAGES, RIGHT, TOP, Chart, Plot
 
@@ -68,10 +69,20 @@ def summarise(party: Party, finished: Finished, warnings: Sequence[str]) -> dict
         "complete": _complete(outcome, finished.missing),
         "test_fraction": plan.test_fraction,
         **training(plan, outcome),
+        "epsilon": _epsilon(party, plan, finished),
         "seconds": finished.seconds,
         "bytes_sent": finished.bytes_sent,
         "notes": [*dict.fromkeys([*outcome.warnings, *warnings])],
     }
+
+
+def _epsilon(party: Party, plan: Horizontal, finished: Finished) -> dict[str, float] | None:
+    """What the noise that we add has cost by now, all jobs of this purpose together; None where we add none."""
+    central = plan.privacy.noise == "central"
+    if not plan.private or (party.name != party.agreement.ring[0].name if central else finished.data is None):
+        return None
+    spent = PrivacyBudget(budget_path(party), party.identity).spent(party.agreement.purpose)
+    return {"spent": spent.total(plan.privacy.delta), "allowed": plan.privacy.epsilon, "delta": plan.privacy.delta}
 
 
 def training(plan: Horizontal, outcome: Outcome) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def render(summary: dict[str, Any], plan: Horizontal) -> str:
         charts=[one for one in (_chart(key, {"": progress}) for key in CURVES) if one is not None],
         frame=FRAME,
         gaps=gaps,
-        protection=protection(plan),
+        protection=[*protection(plan), *_spent(summary)],
         cost=cost,
     )
 
@@ -138,6 +149,14 @@ def protection(plan: Horizontal) -> list[tuple[str, str]]:
         ("Aggregation", plan.robust + (f", at most {plan.poisoned} poisoned" if plan.poisoned else "")),
         ("Compression", plan.compression or "none"),
     ]
+
+
+def _spent(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    if summary["epsilon"] is None:
+        return []
+    one = summary["epsilon"]
+    text = "epsilon {spent:.4g} of {allowed:g} at delta {delta:g}, by all jobs of this purpose".format(**one)
+    return [("Privacy spent by us", text)]
 
 
 def _chart(key: str, runs: dict[str, Sequence[dict[str, Any]]]) -> Chart | None:
@@ -171,6 +190,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
     if summary["rows"] is not None:
         table.add_row("our rows", f"{summary['rows']:,} of {len(summary['columns'])} columns")
     for row in training_rows(summary):
+        table.add_row(*row)
+    for row in _spent(summary):
         table.add_row(*row)
     if summary["absent"]:
         table.add_row("never came", ", ".join(sorted(summary["absent"])))

@@ -157,17 +157,23 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class Columns(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What every client of a horizontal job brings: features in this order, the label, units where they matter."""
+    """What every client of a horizontal job brings: features in this order, the label, units where they matter.
+
+    categories: the features that are words; which words may occur, every client declares in its own file.
+    """
 
     features: Annotated[tuple[FieldName, ...], Meta(min_length=1)]
     label: FieldName
     units: dict[FieldName, str] = {}
+    categories: tuple[FieldName, ...] = ()
 
     def __post_init__(self) -> None:
         if len({*self.features, self.label}) <= len(self.features):
             raise ValueError("a column comes twice; features and label must differ")
         if unknown := sorted(self.units.keys() - {*self.features, self.label}):
             raise ValueError(f"units name the column {unknown[0]!r}, which is neither feature nor label")
+        if unknown := sorted({*self.categories} - {*self.features}):
+            raise ValueError(f"categories name the column {unknown[0]!r}, which is no feature")
 
 
 _BOTH = {"title", "purpose", "legal_basis", "expires", "parties", "job", "horizontal", "columns", "deadlines"}

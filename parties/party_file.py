@@ -37,7 +37,8 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which columns of which table take part. `label`, `positive` and `weight` (of rows, in a linear model) at the
     label holder only. In a horizontal job the agreement names the columns: `columns` says which of ours they are
-    (agreed = ours) where the names differ, `units` in what we measure them.
+    (agreed = ours) where the names differ, `units` in what we measure them, `categories` which words may occur in those
+    that the agreement calls categories.
 
     `path` is a CSV or Parquet file, a folder of Parquet files, an SQLite file, or postgresql://user@host/database; the
     last two with `sql_table`. `id` is our column of the agreement's one field, or a table of field = column.
@@ -57,6 +58,7 @@ class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     aggregate: dict[str, Literal["sum", "mean", "max", "count"]] = {}
     columns: dict[str, str] = {}
     units: dict[str, str] = {}
+    categories: dict[str, Annotated[tuple[str, ...], Meta(min_length=1)]] = {}
 
     def __post_init__(self) -> None:
         if (self.duplicates == "aggregate") != bool(self.aggregate):
@@ -142,8 +144,8 @@ class Party:
         if self.agreement.is_horizontal:
             self._check_horizontal()
             return
-        if self.file.table.columns or self.file.table.units:
-            raise LocalError(f"{path}: columns and units in [table] are for horizontal jobs; name features")
+        if self.file.table.columns or self.file.table.units or self.file.table.categories:
+            raise LocalError(f"{path}: columns, units and categories in [table] are for horizontal jobs; name features")
         if self.file.table.label and not self.is_label_holder:
             raise LocalError(f"{path}: the label holder, and nobody else, names a label in [table]")
         self.id_columns = self._id_columns()
@@ -166,6 +168,11 @@ class Party:
             raise LocalError(f"{self.path}: the agreement names features and label; say columns = {{ agreed = ours }}")
         if unknown := sorted((choice.columns.keys() | choice.units.keys()) - named):
             raise LocalError(f"{self.path}: [table] speaks of {unknown[0]!r}, which is no column of the agreement")
+        if choice.path and (odd := sorted(choice.categories.keys() ^ {*agreed.categories})):
+            raise LocalError(
+                f"{self.path}: [table] lists categories of the columns that the agreement names, and of no other: see "
+                f"{odd[0]!r}"
+            )
         for name, unit in choice.units.items():
             if name in agreed.units and unit != agreed.units[name]:
                 raise Refused(f"{self.path}: our {name!r} is in {unit!r}, the agreement's in {agreed.units[name]!r}")

@@ -22,7 +22,6 @@ from vfl.horizontal.newton import (
     column_means,
     column_sums,
     scaler,
-    union_of_categories,
 )
 from vfl.horizontal.partition import Partition
 
@@ -291,10 +290,3 @@ def test_a_constant_column_stays_as_it_is():
     assert got.scale_.tolist() == [1.0]
     with pytest.raises(LocalError, match="no client has a row"):
         standardise([np.empty((0, 2))] * 2)
-
-
-def test_categories_are_united_and_columns_must_be_the_same():
-    declared = [{"colour": ["red", "blue"], "size": ["S"]}, {"size": ["L", "S"], "colour": []}]
-    assert union_of_categories(declared) == {"colour": ["blue", "red"], "size": ["L", "S"]}
-    with pytest.raises(LocalError, match="different columns"):
-        union_of_categories([{"colour": ["red"]}, {"color": ["red"]}])

@@ -61,7 +61,8 @@ def _agreed(agreement: Agreement, name: str) -> Table:
     )
     for one in agreement.ring[1:]:
         table.add_row(f"client {one.name}", one.identity.fingerprint)
-    named = [one + (f" ({columns.units[one]})" if one in columns.units else "") for one in columns.features]
+    said = columns.units | dict.fromkeys(columns.categories, "categories")
+    named = [one + (f" ({said[one]})" if one in said else "") for one in columns.features]
     table.add_row("columns", f"{len(named)}: {', '.join(named)}")
     listed = f": {', '.join(map(str, plan.classes))}" if plan.classes else ""
     table.add_row("label", columns.label + listed)

@@ -22,6 +22,7 @@ from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.memory import MemoryLink, links
 from parties.message import CLASSES
+from vfl.horizontal.categories import from_frame
 from vfl.horizontal.client import take_part
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.models import Model
@@ -88,9 +89,11 @@ def _rows_and_model(part: Part, settings: Horizontal) -> tuple[Data | None, Mode
     if isinstance(part, Data):
         return part, None
     if isinstance(part, tuple):
+        if hasattr(part[0], "columns"):
+            x, names, categories = from_frame(part[0])
+            return Data(x, np.asarray(part[1]), names, categories=categories), None
         x = np.ascontiguousarray(part[0], np.float64)
-        names = getattr(part[0], "columns", made_up_names(x.shape[-1]))
-        return Data(x, np.asarray(part[1]), tuple(map(str, names))), None
+        return Data(x, np.asarray(part[1]), made_up_names(x.shape[-1])), None
     return None, part
 
 

@@ -18,6 +18,7 @@ from parties.horizontal import Horizontal
 from parties.party_file import Party
 from parties.session import Progress, Session, open_session
 from parties.tables import Source, read_table
+from vfl.horizontal.categories import Categories, codes
 from vfl.horizontal.checkpoint import Bound
 from vfl.horizontal.client import former_session, take_part
 from vfl.horizontal.coordinator import coordinate
@@ -63,14 +64,22 @@ def prepare(party: Party) -> Data | None:
     if not party.trains:
         return None
     choice = party.file.table
-    data = read_rows(party.source, plan, columns, choice.columns, choice.units)
+    data = read_rows(party.source, plan, columns, choice.columns, choice.units, choice.categories)
     if short := describe(plan, data, None).short:
         raise Refused(f"{party.source} has fewer {short} than the agreed minimum; agree on less, or stay out")
     return data
 
 
-def read_rows(source: Source, plan: Horizontal, columns: Columns, names: dict[str, str], units: dict[str, str]) -> Data:
-    """The agreed columns of a table; `names` are ours where they differ, `units` those in which we measure.
+def read_rows(
+    source: Source,
+    plan: Horizontal,
+    columns: Columns,
+    names: dict[str, str],
+    units: dict[str, str],
+    categories: Categories | None = None,
+) -> Data:
+    """The agreed columns of a table; `names` are ours where they differ, `units` those in which we measure,
+    `categories` those that may occur (None: those that do).
 
     Raises:
         LocalError: names file, column and count.
@@ -78,14 +87,25 @@ def read_rows(source: Source, plan: Horizontal, columns: Columns, names: dict[st
     ours = {name: names.get(name, name) for name in (*columns.features, columns.label)}
     label = ours[columns.label]
     classified = plan.model == "logistic"
-    table = read_table(source, [], [*ours.values()], categories=[label] if classified else [], least=0)
+    words = [ours[name] for name in columns.categories] + [label] * classified
+    table = read_table(source, [], [*ours.values()], categories=words, least=0)
     y = table.features[label]
+    if categories is None:
+        categories = {name: sorted({one.strip() for one in table.features[ours[name]]}) for name in columns.categories}
+
+    def numbers(name: str) -> NDArray[np.float64]:
+        values: NDArray[Any] = table.features[ours[name]]
+        if name not in categories:
+            return values
+        return codes(values, categories[name], f"{table.source}, column {ours[name]!r}")
+
     return Data(
-        np.column_stack([table.features[ours[name]] for name in columns.features]),
+        np.column_stack([numbers(name) for name in columns.features]),
         _classes(table.source, label, y, plan.classes) if classified else y,
         columns.features,
         plan.classes,
         columns.units | units,
+        categories=categories,
     )
 
 

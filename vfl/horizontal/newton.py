@@ -1,5 +1,5 @@
 """The exact method: Newton's iteration on sums over the clients; what it finds is scikit-learn's optimum on all rows.
-Before it, the same for the scaler (counts, sums, squares) and the lists of categories.
+Before it, the same for the scaler (counts, sums, squares).
 
     F(w) = sum of loss(coef x + intercept, y) + strength / 2 |coef|^2      w: coef row by row, then the intercept
 
@@ -10,7 +10,7 @@ while F does not fall enough, the step is halved. The state between rounds is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -287,10 +287,3 @@ def scaler(mean: Vector, total: Vector) -> Any:
     fitted.scale_ = np.where(variance <= noise, 1.0, np.sqrt(variance))  # a constant column stays as it is
     fitted.n_samples_seen_ = int(rows)
     return fitted
-
-
-def union_of_categories(declared: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, list[str]]:
-    """Every column's categories, sorted, that any client declares. Raises LocalError when the columns differ."""
-    if len({tuple(sorted(one)) for one in declared}) > 1:
-        raise LocalError("the clients declare categories of different columns; agree on the columns")
-    return {column: sorted({value for one in declared for value in one[column]}) for column in declared[0]}

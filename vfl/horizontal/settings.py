@@ -15,6 +15,7 @@ import numpy as np
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
 from vfl.horizontal.accounting import noise_multiplier
+from vfl.horizontal.categories import encoder, expanded, union
 from vfl.horizontal.context import Context, Quantisation
 from vfl.horizontal.local import Objective, Plan
 from vfl.horizontal.newton import Exact, scaler
@@ -36,7 +37,8 @@ def made_up_names(width: int) -> tuple[str, ...]:
 class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a client's table looks like: no number in it depends on a row, but `rows` where clients are chosen by them.
 
-    classes: of the labels, declared or those that occur; size: of the weights that travel (own models only).
+    categories: declared, by column. classes: of the labels, declared or those that occur; size: of the weights that
+    travel (own models only).
     short: what the agreed minimum lacks.
     """
 
@@ -44,6 +46,7 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     columns: tuple[str, ...] = ()
     dtypes: dict[str, str] = {}
     units: dict[str, str] = {}
+    categories: dict[str, tuple[str, ...]] = {}
     classes: tuple[int | float | str | bool, ...] = ()
     declared: bool = False
     size: int = 0
@@ -62,6 +65,11 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
                 return f"a column {column!r} more"
         if self.columns != other.columns:
             return f"the columns in another order, from {_first(self.columns, other.columns)!r} on"
+        for column in sorted(self.categories.keys() ^ other.categories.keys()):
+            return f"{'numbers' if column in self.categories else 'categories'} in column {column!r}"
+        for column, declared in other.categories.items():
+            if beyond := len({*declared} - {*self.categories[column]}):
+                return f"{beyond} categories of column {column!r} that are not declared"
         for what, mine, theirs in (("dtype", self.dtypes, other.dtypes), ("unit", self.units, other.units)):
             for column in sorted(mine.keys() | theirs.keys()):
                 if mine.get(column) != theirs.get(column):
@@ -76,7 +84,8 @@ def _first(mine: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def reference(settings: Horizontal, tables: Mapping[str, Schema]) -> Schema:
-    """What all must look like: the first table's columns, the agreed, declared or all occurring classes.
+    """What all must look like: the first table's columns, the union of the declared categories, the agreed, declared or
+    all occurring classes.
 
     Raises Refused: the labels are of several types, or there are fewer than two classes to tell apart.
     """
@@ -91,7 +100,11 @@ def reference(settings: Horizontal, tables: Mapping[str, Schema]) -> Schema:
         classes = tuple(sorted(occurring))
     if settings.model == "logistic" and len(classes) < 2:
         raise Refused("all clients together have fewer than two classes; there is nothing to tell apart")
-    return msgspec.structs.replace(first, classes=classes, declared=bool(classes), rows=0, short="")
+    found = union(one.categories for one in tables.values())
+    categories = {column: found[column] for column in first.categories}
+    return msgspec.structs.replace(
+        first, categories=categories, classes=classes, declared=bool(classes), rows=0, short=""
+    )
 
 
 def refuse_differences(tables: Mapping[str, Schema], wanted: Schema) -> None:
@@ -118,9 +131,14 @@ class Job:
         )
         return hashlib.sha256(b"colonnade/horizontal/1" + plain).digest()
 
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """As the model sees them: one for each category."""
+        return expanded(self.schema.columns, self.schema.categories)
+
     @property
     def features(self) -> int:
-        return len(self.schema.columns)
+        return len(self.columns)
 
     @cached_property
     def exact(self) -> Exact:
@@ -253,19 +271,22 @@ class Job:
         return scaler(means, np.concatenate([[rows], np.zeros(self.features), variances * rows]))
 
     def estimator(self, weights: Vector, rounds: int, scaling: tuple[Vector, Vector] | None, rows: int) -> Any:
-        """A plain fitted scikit-learn estimator, in a pipeline behind the scaler if there is one; None for own."""
+        """A plain fitted scikit-learn estimator, in a pipeline behind encoder and scaler where there are such; None for
+        own."""
         if self.settings.model == "own":
             return None
-        state = {"weights": weights, "rounds": np.array([float(rounds)])}
-        names = None if self.schema.columns == made_up_names(self.features) else self.schema.columns
-        if scaling is None:
-            return self.exact.estimator(state, names)
+        columns, categories = self.schema.columns, self.schema.categories
+        steps = [encoder(columns, categories)] if categories else []
+        if scaling is not None:
+            steps.append(self.scaler(*scaling, rows))
+        fitted = self.exact.estimator({"weights": weights, "rounds": np.array([float(rounds)])})
+        if not categories and columns != made_up_names(self.features):
+            (steps[0] if steps else fitted).feature_names_in_ = np.asarray(columns, object)
+        if not steps:
+            return fitted
         from sklearn.pipeline import make_pipeline
 
-        fitted = self.scaler(*scaling, rows)
-        if names is not None:
-            fitted.feature_names_in_ = np.asarray(names, object)
-        return make_pipeline(fitted, self.exact.estimator(state))
+        return make_pipeline(*steps, fitted)
 
     def choose(self, number: int, rows: Sequence[int], seconds: Sequence[float]) -> list[int]:
         """Whom round `number` asks: positions, ascending. rows, seconds: of each client, where they count."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError
 from parties.horizontal import Horizontal
+from vfl.horizontal.categories import Categories, encode
 from vfl.horizontal.compression import compress, compressor
 from vfl.horizontal.local import LOSSES, Correction, Plan, Trained
 from vfl.horizontal.models import LinearModel, Model, Score
@@ -26,6 +27,7 @@ class Data:
     """A client's rows: x (n, d) float64, y (n,) labels, numbers or counts, the columns' names (d,).
 
     classes: the labels that may occur, if declared. units, dtypes: as declared, by column; all clients' must agree.
+    categories: as declared, by column; x has positions in that list there.
     Raises LocalError: shapes that do not fit, or values that are not finite, counted.
     """
 
@@ -35,6 +37,7 @@ class Data:
     classes: tuple[Any, ...] = ()
     units: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    categories: Categories = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.x.ndim != 2 or self.y.shape != self.x.shape[:1] or len(self.names) != self.x.shape[1]:
@@ -44,7 +47,7 @@ class Data:
 
     def rows(self, some: NDArray[Any]) -> Data:
         """Only these rows."""
-        return Data(self.x[some], self.y[some], self.names, self.classes, self.units, self.dtypes)
+        return replace(self, x=self.x[some], y=self.y[some])
 
 
 def describe(settings: Horizontal, data: Data | None, model: Model | None) -> Schema:
@@ -69,6 +72,7 @@ def describe(settings: Horizontal, data: Data | None, model: Model | None) -> Sc
         columns=data.names,
         dtypes=dict(data.dtypes),
         units=dict(data.units),
+        categories={name: tuple(values) for name, values in data.categories.items()},
         classes=tuple(sorted(settings.classes or data.classes or occurring)),
         declared=bool(settings.classes or data.classes),
         rows=_told(settings, len(data.y)),
@@ -115,6 +119,7 @@ class Trainer:
         if self.data is None:
             return
         self._y = self.job.exact.targets(self.data.y) if self.job.settings.model != "own" else self.data.y
+        self._x = encode(self.data.x, self.data.names, self.data.categories, self.job.schema.categories)
         held_out = np.random.default_rng((self.job.settings.seed, self.number, 1)).permutation(len(self._y))
         cut = round(self.job.settings.test_fraction * len(held_out))
         self._train, self._test = np.sort(held_out[cut:]), np.sort(held_out[:cut] if cut else held_out)
@@ -137,7 +142,7 @@ class Trainer:
         if task.stage in ("means", "scales"):
             if self.data is None:
                 raise LocalError("no table was given to standardise")
-            return column_sums(self.data.x[self._train], task.data if task.stage == "scales" else None)
+            return column_sums(self._x[self._train], task.data if task.stage == "scales" else None)
         prefix, received = self._split(task)
         ours = self._prepare(task, prefix)
         settings = self.job.settings
@@ -200,7 +205,7 @@ class Trainer:
             raise LocalError("no table was given to train on")
         key = prefix.tobytes()
         if self._prepared is None or self._prepared[0] != key:
-            x, objective = self.job.standardised(self.data.x, prefix, task.rows), self.job.objective(max(task.rows, 1))
+            x, objective = self.job.standardised(self._x, prefix, task.rows), self.job.objective(max(task.rows, 1))
             train, test = ((x[some], self._y[some]) for some in (self._train, self._test))
             model = LinearModel(objective, *train)
             judge = LinearModel(objective, *test) if self.job.settings.test_fraction else model

@@ -35,7 +35,8 @@ from vfl.horizontal import job
 from vfl.horizontal.newton import Exact
 from vfl.horizontal.settings import Job, Schema
 from vfl.horizontal.share import HorizontalModel
-from vfl.horizontal.simulate import simulate
+from vfl.horizontal.simulate import deal, simulate
+from vfl.horizontal.simulation import digits
 from vfl.horizontal.trainer import Data
 
 FEATURES = ("age", "dose", "weight")
@@ -631,6 +632,32 @@ def test_simulate_learns_from_one_table_dealt_to_many(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(np.log(10)) and losses == sorted(losses, reverse=True)
     for name in ("loss.svg", "accuracy.svg"):
         assert "<polyline" in (tmp_path / "out" / name).read_text()
+
+
+def test_simulate_tells_what_compression_saves_and_what_it_costs(tmp_path: Path) -> None:
+    """Against the same two runs by hand, and the last models' accuracy by scikit-learn."""
+    whole, text = digits(), 'strategy = "fedavg"\nsecure_aggregation = "none"\nrounds = 3\nbatch = 0\nrate = 1.0\n'
+    found = simulated(tmp_path, f'[horizontal]\n{text}compression = "topk:0.05"\n', "--clients", 8)
+    plan = {"strategy": "fedavg", "secure_aggregation": "none", "rounds": 3, "batch": 0, "rate": 1.0}
+    parts = deal(whole, "iid", 8, 0)
+    runs = [simulate(Horizontal(**plan, **more), parts) for more in ({"compression": "topk:0.05"}, {})]  # type: ignore[arg-type]
+    table = pd.DataFrame(whole.x, columns=whole.names)
+    packed, plain = (run.model.score(table, whole.y) for run in runs)
+    assert packed < plain
+    told = found["compression"]
+    assert told["accuracy_lost"] == pytest.approx(plain - packed)
+    dense, sparse = 3 * 8 * 8 * (650 + 5), 3 * 8 * 8 * (33 + 5)  # rounds, clients, bytes; weight and scores travel too
+    assert told["bytes"] == sparse and told["saved"] == pytest.approx(1 - sparse / dense)
+    assert [one["saved"] for one in found["progress"]] == [(dense - sparse) // 3] * 3
+
+
+def test_the_report_tells_what_compression_saved(tmp_path: Path) -> None:
+    paths = build(tmp_path, patients(3), horizontal=OPEN + 'rounds = 2\ncompression = "8bit"')
+    codes, errors = together({name: ["run", path] for name, path in paths.items()})
+    assert codes == dict.fromkeys(paths, 0), errors
+    saved, dense = 2 * 3 * (4 * 8 - (4 + 4)), 2 * 3 * 8 * (4 + 5)  # of four weights: one scale and a byte each
+    page = (tmp_path / "out" / "lead" / "report.html").read_text()
+    assert f"{saved} bytes of the clients&#39; {dense} bytes, {saved / dense:.0%}" in page
 
 
 def test_simulate_takes_a_table_and_an_agreement_as_it_is(tmp_path: Path) -> None:

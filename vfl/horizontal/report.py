@@ -123,6 +123,9 @@ def render(summary: dict[str, Any], plan: Horizontal) -> str:
         ("seconds a round", f"{sum(per_round) / len(per_round):.3f}" if per_round else "–"),
         ("sent by us", decimal(sent)),
     ]
+    if plan.compression and (saved := sum(one["saved"] for one in progress)):
+        dense = saved + sum(one["bytes"] for one in progress)
+        cost.append(("saved by compression", f"{decimal(saved)} of the clients' {decimal(dense)}, {saved / dense:.0%}"))
     return PAGES.get_template("horizontal.html").render(
         summary=summary,
         rounds=progress,

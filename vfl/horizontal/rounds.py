@@ -220,7 +220,8 @@ class Leader:
         server.state = server.next_state(total)
         loss, accuracy = (float(value / rows) if rows else np.nan for rows, value in (tail[:2], tail[2:]))
         seconds = time.perf_counter() - start
-        facts = collected.survivors, collected.missing, collected.bytes, seconds, collected.attempts
+        saved = collected.total.nbytes * len(collected.survivors) - collected.bytes
+        facts = collected.survivors, collected.missing, collected.bytes, seconds, collected.attempts, saved
         self.history.append(Round(server.round, loss, accuracy, *facts))
         server.round += 1
         return collected

@@ -18,6 +18,7 @@ from parties.session import Progress
 from parties.tables import Source
 from parties.workers import Workers
 from vfl.horizontal.job import read_rows
+from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.report import training, training_rows, write_curves
 from vfl.horizontal.simulate import deal, simulate
 from vfl.horizontal.trainer import Data
@@ -60,11 +61,18 @@ def table(job: SimulatedJob, path: Path) -> Data:
 def run(
     job: SimulatedJob, rows: Data, clients: int, partition: str, workers: Workers, progress: Progress
 ) -> dict[str, Any]:
-    """Deal, train, and tell as plain values. Raises LocalError, Refused, PeerLost."""
+    """Deal, train, and tell as plain values; with compression also without it, to compare.
+
+    Raises LocalError, Refused, PeerLost.
+    """
     parts = deal(rows, partition, clients, job.horizontal.seed)
     start = time.perf_counter()
     outcome = simulate(job.horizontal, parts, workers=workers, progress=progress)
     seconds = time.perf_counter() - start
+    compression = None
+    if job.horizontal.compression:
+        plain = msgspec.structs.replace(job.horizontal, compression="")
+        compression = compared(outcome, simulate(plain, parts, workers=workers, progress=progress))
     sizes = [len(part.y) for part in parts]
     return {
         "title": job.title,
@@ -73,7 +81,20 @@ def run(
         "rows": int(np.sum(sizes)),
         "rows_a_client": {"least": min(sizes), "median": float(np.median(sizes)), "most": max(sizes)},
         **training(job.horizontal, outcome),
+        "compression": compression,
         "seconds": round(seconds, 3),
+    }
+
+
+def compared(packed: Outcome, plain: Outcome) -> dict[str, float | None]:
+    """What compression saves of the clients' bytes and what it costs: the last models' scores over all rows."""
+    size, dense = (sum(one.bytes for one in run.rounds) for run in (packed, plain))
+    lost = plain.overall.accuracy - packed.overall.accuracy
+    return {
+        "bytes": size,
+        "saved": 1 - size / dense,
+        "loss_added": packed.overall.loss - plain.overall.loss,
+        "accuracy_lost": None if np.isnan(lost) else lost,
     }
 
 
@@ -98,5 +119,10 @@ def closing_table(summary: dict[str, Any]) -> Table:
     last = [one["accuracy"] for one in summary["progress"] if one["accuracy"] is not None]
     if last:
         shown.add_row("accuracy", f"{last[-1]:.4f} of the model with which the last round began")
+    if one := summary["compression"]:
+        lost = "" if one["accuracy_lost"] is None else f", accuracy lower by {one['accuracy_lost']:.4f}"
+        shown.add_row(
+            "compression", f"{one['saved']:.0%} fewer bytes than without; loss higher by {one['loss_added']:.4f}{lost}"
+        )
     shown.add_row("time", f"{summary['seconds']:.1f} s")
     return shown

@@ -23,8 +23,10 @@ AVERAGING = ("fedsgd", "fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", 
 class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Who is asked in a round and when it closes.
 
-    fraction, minimum: of the clients asked each round, chosen at random, by their rows or by their speed. quorum: the
-    least number in a sum (0: a majority of those asked). deadline: seconds for training, then for each step of the sum;
+    fraction, minimum: of the clients asked each round, chosen at random, by their rows or by their speed; or each drawn
+    by itself with chance `fraction`, in secret ("poisson"), which makes privacy cheaper. quorum: the least number in a
+    sum (0: a majority of those asked; of those drawn one is enough).
+    deadline: seconds for training, then for each step of the sum;
     attempts: how often a sum is tried. minimum_rows, minimum_classes: a client with fewer is refused.
     """
 
@@ -32,10 +34,15 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     minimum: Count = 1
     quorum: Whole = 0
     deadline: Positive = 60.0
-    selection: Literal["random", "rows", "speed"] = "random"
+    selection: Literal["random", "rows", "speed", "poisson"] = "random"
     attempts: Count = 3
     minimum_rows: Whole = 0
     minimum_classes: Whole = 0
+
+    @property
+    def rate(self) -> float:
+        """The chance with which a client takes part in a round, where nobody sees who does; else 1."""
+        return self.fraction if self.selection == "poisson" else 1.0
 
     @property
     def longest(self) -> float:
@@ -123,9 +130,16 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     def private(self) -> bool:
         return self.privacy.level != "none"
 
+    @property
+    def releases(self) -> int:
+        """That the agreed epsilon pays for."""
+        return self.rounds + self.privacy.repeats
+
     def needed(self, asked: int) -> int:
         """So many clients a sum has at least, where so many are asked; under masks three: each of two could subtract
         its own part."""
+        if self.clients.selection == "poisson":  # a small sample is no fault
+            return 1
         return max(self.clients.needed(asked), 3 if self.secure else 1)
 
     def threshold(self, asked: int, invited: int, own: bool) -> int:
@@ -158,6 +172,12 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             (
                 self.secure and self.leave_one_out,
                 'leaving one out shows its update by difference; set secure_aggregation = "none", or no leave_one_out',
+            ),
+            (
+                self.clients.selection == "poisson"
+                and (self.privacy.level != "client" or noise != "central" or self.secure or self.clients.minimum > 1),
+                'selection = "poisson" keeps secret who is drawn: privacy level "client", noise "central", '
+                'secure_aggregation = "none" and no minimum',
             ),
             (self.degree % 2, "the degree of the graph of secure aggregation is even"),
             (self.degree and not self.secure, "a degree is of secure aggregation, which is off"),

@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.linear_model import LinearRegression, LogisticRegression, PoissonRegressor, Ridge
 from sklearn.preprocessing import StandardScaler
@@ -43,6 +45,7 @@ from vfl.horizontal.round_messages import Admission, Ready, Scores, Task, Turn, 
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected
 from vfl.horizontal.settings import Job, Schema
+from vfl.horizontal.simulate import simulate
 from vfl.horizontal.star import Star
 from vfl.horizontal.strategies import Part, Population, broadcast, client_round, server_round, strategy
 from vfl.horizontal.trainer import Data, describe
@@ -398,6 +401,38 @@ def test_clients_are_chosen_as_agreed() -> None:
     assert all("c1" not in one.clients for one in train(parts, by_rows).rounds)
 
 
+SPEED = Clients(fraction=0.25, minimum=2, selection="speed")
+
+
+def test_the_quickest_are_asked_and_never_fewer_than_the_minimum() -> None:
+    job = Job(own(clients=SPEED), Schema(model="own", size=3), 4)
+    assert job.choose(7, [], [0.3, 0.1, 0.4, 0.2]) == [1, 3]
+
+
+def test_a_quick_client_is_not_timed_by_the_slow_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """c0 answers once c1's answer has been read, which therefore does not wait for c0's."""
+    read, order, plain = threading.Event(), [], Star._gather
+
+    def watched(star: Star, *given: Any) -> Any:
+        for name, message in plain(star, *given):
+            if star.task.stage == "train" and isinstance(message, Ready):
+                order.append(name)
+                read.set()
+            yield name, message
+
+    def waits(weights: np.ndarray) -> np.ndarray:
+        assert read.wait(20)
+        return weights + 1
+
+    monkeypatch.setattr(Star, "_gather", watched)
+    parts = {name: Toy(acts={0: waits} if name == "c0" else {}) for name in NAMES}
+    table = Table(
+        own(rounds=1, clients=msgspec.structs.replace(SPEED, deadline=20.0), secure_aggregation="none"), parts
+    )
+    assert table.run().rounds[0].clients == ("c0", "c1")
+    assert order == ["c1", "c0"]
+
+
 # ---- tables that do not go together
 
 
@@ -487,6 +522,7 @@ TWO = {"secure_aggregation": "none"}
             },
             "how many rows each client has",
         ),
+        ({"strategy": "fedavg", "clients": Clients(selection="poisson")}, "keeps secret who is drawn"),
         (
             {"strategy": "fedavg", "privacy": Privacy(level="client", rows=9), "classes": (0, 1), **TWO},
             "hide only the sum",
@@ -937,6 +973,56 @@ def test_noise_is_as_large_as_agreed() -> None:
     weights = train(parts, settings).weights
     sigma = noise_multiplier(5.0, 1e-5, 3 + 2) / 4 * np.sqrt(3)
     assert np.std(weights) == pytest.approx(sigma, rel=0.2)
+
+
+@pytest.mark.parametrize("level", ["client", "record"])
+@pytest.mark.parametrize("noise", ["central", "local", "distributed"])
+def test_a_job_costs_the_agreed_epsilon_by_the_pld_accountant(noise: Any, level: Any) -> None:
+    """Three rounds and two repeats. Of the noise that the sum has at least, as its definition says: per coordinate the
+    variance of one contributor times their number, in steps of the grid, against the norm of what one may move."""
+    settings = private(noise=noise, level=level, epsilon=2.0, clip=0.7)
+    job = Job(settings, Schema(model="logistic", columns=("a", "b"), classes=(0, 1)), 7)
+    one = job.mechanism
+    sigma = np.sqrt(one.variance * one.contributors) / 2.0**one.fraction_bits
+    accountant = PLDAccountant().compose(GaussianDpEvent(sigma / 0.7), 5)
+    assert accountant.get_epsilon(1e-5) == pytest.approx(2.0, rel=0.01)
+    zeros = np.zeros(3)
+    drawn = np.array([job.noised(zeros) for _ in range(4000)])
+    assert drawn.std() * np.sqrt(one.contributors) == pytest.approx(sigma, rel=0.03)
+
+
+def drawn() -> Horizontal:
+    clients = Clients(selection="poisson", fraction=0.25, deadline=5.0)
+    return msgspec.structs.replace(private(noise="central", epsilon=1.0), clients=clients, rounds=8)
+
+
+def test_clients_drawn_in_secret_cost_what_the_pld_accountant_says(tmp_path: Path) -> None:
+    x, y = cancer()
+    budget = PrivacyBudget(tmp_path / "hub", KEYS["hub"])
+    table = Table(drawn(), dealt(x, y), hub={"budget": budget, "purpose": "risk"})
+    outcome = table.run()
+    assert len(outcome.rounds) == 8
+    job = Job(drawn(), Schema(model="logistic", columns=tuple(f"x{j}" for j in range(30)), classes=(0, 1)), 4)
+    event = PoissonSampledDpEvent(0.25, GaussianDpEvent(job.mechanism.multiplier))
+    expected = PLDAccountant().compose(event, 8 + 2).get_epsilon(1e-5)
+    assert budget.spent("risk").total(1e-5) == pytest.approx(expected, rel=0.01)
+    assert 0.95 < expected <= 1.0
+    sizes = np.array([np.bincount(job.choose(0, [], []), minlength=4) for _ in range(2000)])
+    np.testing.assert_allclose(sizes.mean(axis=0), 0.25, atol=0.06)  # each by itself
+    assert np.abs(np.corrcoef(sizes.T) - np.eye(4)).max() < 0.14
+    whole = msgspec.structs.replace(drawn(), clients=QUICK)
+    assert job.mechanism.multiplier < 0.5 * Job(whole, job.schema, 4).mechanism.multiplier
+    with pytest.raises(Refused, match="the privacy budget for risk is used up"):
+        raise table.run()
+
+
+def test_a_round_for_which_nobody_is_drawn_has_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Job, "choose", lambda *given: [])
+    x, y = cancer()
+    played, simulated = Table(drawn(), dealt(x, y)).run(), simulate(drawn(), list(dealt(x, y).values()))
+    for outcome in (played, simulated):
+        assert [one.clients for one in outcome.rounds] == [()] * 8
+        assert 0 < np.abs(outcome.weights).max() < np.inf
 
 
 def test_the_budget_is_charged_before_every_release_and_stops_the_run(tmp_path: Path) -> None:

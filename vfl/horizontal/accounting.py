@@ -13,6 +13,7 @@ a `drift`, the sum of such exponents over all coordinates. A sum of discrete Gau
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import msgspec
 from scipy.optimize import brentq
@@ -131,6 +132,7 @@ def sampled(release: Cost, rounds: int, rate: float, delta: float) -> Cost:
     return Cost(epsilon=float(epsilon), delta=delta)
 
 
+@cache
 def noise_multiplier(epsilon: float, delta: float, rounds: int = 1, rate: float = 1.0) -> float:
     """sigma / sensitivity with which `rounds` releases cost `epsilon` at `delta`: exact, or up to 1 % more if sampled.
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
+from vfl.horizontal.accounting import noise_multiplier
 from vfl.horizontal.checkpoint import Bound, read_checkpoint, write_checkpoint
 from vfl.horizontal.compression import compressor
 from vfl.horizontal.models import Score
@@ -76,6 +77,8 @@ def checked(settings: Horizontal, clients: int, own: bool = False) -> None:
         raise LocalError('strategy "exact" has no parameters; take them out')
     if settings.compression:
         compressor(settings.compression)
+    if settings.private:  # kept: where clients are drawn in secret this takes seconds
+        noise_multiplier(settings.privacy.epsilon, settings.privacy.delta, settings.releases, settings.clients.rate)
     asked = settings.clients.asked(clients)
     rule(settings.robust, poisoned=settings.poisoned, bound=settings.norm_bound, clients=asked)
 
@@ -147,6 +150,8 @@ def diverged(number: int) -> LocalError:
 
 def combine(job: Job, parts: Mapping[str, Vector]) -> Vector:
     """The sum of messages that came in clear, under the agreed robust rule. Raises LocalError as the rule does."""
+    if not parts:  # nobody was drawn
+        return np.zeros(job.length("train", 0))
     messages = np.array(list(parts.values()))
     total = np.asarray(messages.sum(axis=0))
     if job.settings.robust == "mean":

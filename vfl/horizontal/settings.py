@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ import numpy as np
 
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
-from vfl.horizontal.accounting import noise_multiplier
+from vfl.horizontal.accounting import noise_multiplier, sampled
 from vfl.horizontal.categories import encoder, expanded, union
 from vfl.horizontal.context import Context, Quantisation
 from vfl.horizontal.local import Objective, Plan
@@ -244,7 +245,9 @@ class Job:
     def mechanism(self) -> GaussianMechanism:
         """The noise of one round, so that all rounds and the allowed repeats cost the agreed epsilon."""
         privacy = self.settings.privacy
-        multiplier = noise_multiplier(privacy.epsilon, privacy.delta, self.settings.rounds + privacy.repeats)
+        multiplier = noise_multiplier(
+            privacy.epsilon, privacy.delta, self.settings.releases, self.settings.clients.rate
+        )
         contributors = 1
         if privacy.noise == "distributed":  # each client knows its own share: the others' hide it from that one
             contributors = max(self.settings.needed(self.asked) - 1, 1)
@@ -290,6 +293,12 @@ class Job:
 
     def choose(self, number: int, rows: Sequence[int], seconds: Sequence[float]) -> list[int]:
         """Whom round `number` asks: positions, ascending. rows, seconds: of each client, where they count."""
+        if self.settings.clients.selection == "poisson":
+            return [
+                i
+                for i in range(self.clients)
+                if secrets.randbelow(1 << 53) < self.settings.clients.fraction * (1 << 53)
+            ]
         if self.asked == self.clients:
             return list(range(self.clients))
         if self.settings.clients.selection == "speed":
@@ -313,7 +322,11 @@ class Job:
 
 @dataclass(eq=False)
 class Spending:
-    """The privacy that a role's noise pays for: charged before every release, repeats included."""
+    """The privacy that a role's noise pays for: charged before every release, repeats included.
+
+    Where clients are drawn in secret, all releases together are charged before the first: their cost is no sum. Such a
+    job is not resumed, its budget is spent.
+    """
 
     job: Job
     budget: PrivacyBudget | None = None
@@ -323,12 +336,19 @@ class Spending:
     def charge(self, number: int) -> None:
         """One release, in round `number`. Raises Refused when the agreed epsilon does not allow it."""
         settings, privacy = self.job.settings, self.job.settings.privacy
+        first = not self.releases
         self.releases = max(self.releases, number) + 1
-        if self.releases > settings.rounds + privacy.repeats:
+        if self.releases > settings.releases:
             raise Refused(
                 f"round {number}: epsilon {privacy.epsilon:g} pays for {settings.rounds} rounds and {privacy.repeats} "
                 "repeats, and they are used up; agree on more repeats or a larger epsilon"
             )
+        cost, paid = self.job.mechanism.cost, 1
+        if settings.clients.rate < 1:
+            if not first:
+                return
+            paid = settings.releases
+            cost = sampled(cost, paid, settings.clients.rate, privacy.delta)
         if self.budget is not None:
-            name, cost = self.job.digest.hex()[:16], self.job.mechanism.cost
-            self.budget.charge(self.purpose, name, cost, epsilon=privacy.epsilon, delta=privacy.delta)
+            name, limit = self.job.digest.hex()[:16], {"epsilon": privacy.epsilon, "delta": privacy.delta}
+            self.budget.charge(self.purpose, name, cost, **limit, releases=paid)

@@ -124,7 +124,7 @@ class Fleet:
             parts[name] = message
         if not parts and set(missing.values()) & {REASONS[NOT_FINITE], REASONS[TOO_LARGE]}:
             raise diverged(task.round)
-        needed = settings.clients.needed(len(names))
+        needed = settings.needed(len(names)) if names else 0
         if len(parts) < needed:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(missing.items())[:10])
             raise PeerLost(

@@ -38,6 +38,7 @@ from vfl.horizontal.secure_aggregation import Owed, aggregate, settle
 from vfl.horizontal.settings import TAIL, Job, Schema
 
 S = TypeVar("S", bound=Step)
+LOOK = 0.01  # seconds for a client that may not have answered yet, while others may have
 Rejoined = Callable[[], Mapping[str, Channel]]
 
 
@@ -76,6 +77,8 @@ class Star:
         """One sum. Raises PeerLost below the quorum, LocalError where the numbers of all who answer diverge."""
         settings, began = self.job.settings, time.monotonic()
         self.task, self.asked, self.needed = task, names, self.job.needed(task.stage, len(self.identities))
+        if not names:
+            self.needed = 0  # nobody was drawn, and that is as good
         self.codes, self.waiting, self.missing, self.seconds = {}, [], {}, {}
         self._settle(names, began + settings.clients.deadline)
         self._enough(self._present(names))
@@ -292,15 +295,25 @@ class Star:
             self.channels[name].send(Turn(self.task.number, attempt, names, what, bound))
 
     def _gather(self, names: Sequence[str], expected: type[S], until: float) -> Iterator[tuple[str, S]]:
-        """Each client's message, while it comes before the common deadline; the others are out of the sum."""
-        for name in list(names):
+        """Each client's message, while it comes before the common deadline; the others are out of the sum. In the order
+        of arrival where their speed is measured, else as named."""
+        waiting = list(names)
+        by_arrival = expected is Ready and self.job.settings.clients.selection == "speed"
+        while waiting:
+            name = waiting.pop(0)
             self.tick()
+            left = max(0.0, until - time.monotonic())
+            patience = min(left, LOOK) if by_arrival and waiting else left
             try:
                 with blame(name):
-                    message = self.channels[name].receive(expected, max(0.0, until - time.monotonic()))
+                    message = self.channels[name].receive(expected, patience)
                     if message.round != self.task.number:
                         raise ValueError(f"{expected.__name__} of another sum")
             except PeerLost as error:
+                if patience < left:
+                    waiting.append(name)
+                    time.sleep(LOOK / 10)  # a lost one answers at once
+                    continue
                 self.missing[name], self.owed[name] = str(error), expected
                 if expected is not Scores:
                     self._turn(name, "left out")

@@ -39,8 +39,7 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """What a client's table looks like: no number in it depends on a row, but `rows` where clients are chosen by them.
 
     categories: declared, by column. classes: of the labels, declared or those that occur; size: of the weights that
-    travel (own models only).
-    short: what the agreed minimum lacks.
+    travel (own models only). short: what the agreed minimum lacks.
     """
 
     model: str

@@ -221,6 +221,7 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             self.search.check(self.model.kind, self.model.solver)
         if self.information is not None:
             self.information.check(self.model.kind)
+        self.network.check(self.model.allow_reconstruction, self.feature_holders)
         if self.horizontal or self.columns or self.job.coordinator_trains:
             raise ValueError('[horizontal], [columns] and coordinator_trains need mode = "horizontal" in [job]')
         if sum(not party.endpoint for party in self.parties) > 1:

@@ -28,3 +28,17 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     early_stopping: bool = False
     open_gradients: bool = False
     separate_embeddings: bool = False
+
+    def check(self, allow_reconstruction: bool, feature_holders: int) -> None:
+        """Raises ValueError where rows travel in clear and the agreement does not consent."""
+        consents = []
+        if self.mode == "open":
+            consents.append(("open_gradients", self.open_gradients, 'mode = "open"'))
+        if self.merge == "concatenation" and feature_holders > 1:
+            consents.append(("separate_embeddings", self.separate_embeddings, "concatenation of several embeddings"))
+        for name, given, what in consents:
+            if not (given and allow_reconstruction):
+                raise ValueError(
+                    f"{what} needs {name} = true in [network] and allow_reconstruction = true in [model]: rows travel "
+                    "in clear"
+                )

@@ -164,10 +164,72 @@ def test_gradients_a_row_in_clear_fail():
     gradients = np.outer(0.3 - y, [1.0, -2.0])
     rows = np.arange(len(y))
     nothing, share = np.zeros((x.shape[1], 1)), x.to_numpy()[:, :1]
-    seen = Seen(np.empty((len(y), 0)), {GROCER: nothing}, {GROCER: share}, rows, 1, {GROCER: gradients})
+    seen = Seen(np.empty((len(y), 0)), {GROCER: nothing}, {GROCER: share}, rows, 1, gradients={GROCER: [gradients]})
     failed = {one.attack for one in label_findings(case, seen, 40, Limits()) if not one.passed}
     assert {"gradient norm", "gradient direction", "gradient spectrum"} <= failed
     assert len(label_findings(case, seen, 40, Limits())) == len(LABEL_ATTACKS)
+
+
+# Networks, and several classes
+
+
+def of_network(network: dict[str, Any], count: int = 2, **model: Any) -> Agreement:
+    settings = {"kind": "network classifier", "allow_reconstruction": True, "residual_range": 4.0, "batch_size": 80}
+    identities = {name: Identity.generate(name) for name in NAMES[:count]}
+    return make_agreement(identities, model=settings | model, network={"hidden": (3,)} | network)
+
+
+def test_a_networks_rehearsal_records_embeddings_and_sums():
+    """One step over all rows: how far the embeddings moved follows from the gradient alone."""
+    pytest.importorskip("torch", reason="networks need the extra 'torch'")
+    own, y, x = data()
+    seen = rehearse({BANK: own, GROCER: x}, y, of_network({"optimiser": "sgd"}, epochs=1, batch_size=240))
+    assert (seen.exchanges, seen.outputs, seen.width, len(seen.rows)) == (1, 3, 3, 240)
+    moved = seen.embeddings - seen.shares[GROCER]
+    assert np.abs(moved - 0.1 / len(y) * x.to_numpy() @ seen.aggregates[GROCER]).max() < 1e-6 < np.abs(moved).max()
+    assert not seen.gradients
+
+
+def test_side_by_side_every_feature_holders_embeddings_are_seen():
+    pytest.importorskip("torch", reason="networks need the extra 'torch'")
+    _, y, x = data()
+    parts = {BANK: x.iloc[:, :0], GROCER: x.iloc[:, :3], MOBILE: x.iloc[:, 3:]}
+    for merge, width in (("sum", 3), ("concatenation", 6)):
+        seen = rehearse(parts, y, of_network({"merge": merge, "separate_embeddings": True}, count=3, epochs=2))
+        assert (seen.embeddings.shape, seen.width, len(seen.rows)) == ((len(y), 2 * width), width, 80)
+        first, columns = seen.embeddings[seen.rows, :3], parts[GROCER].to_numpy()[seen.rows]
+        inside = columns @ np.linalg.lstsq(columns, first, rcond=None)[0]
+        assert (np.abs(inside - first).max() < 1e-6) == (merge == "concatenation")
+
+
+def test_an_audit_of_the_open_mode_attacks_gradients_a_row(monkeypatch):
+    pytest.importorskip("torch", reason="networks need the extra 'torch'")
+    own, y, x = data(600)
+    y = (y * (np.arange(len(y)) % 4 == 0)).astype(float)  # the rarer label is the one that shows
+    case = joint_case(own, y, x, (BANK, GROCER))
+    network = {"mode": "open", "open_gradients": True, "hidden": (16,)}
+    agreement = of_network(network, epochs=2, batch_size=200, learning_rate=0.01)
+    guarded = {one.attack: one for one in audit(case, agreement, Leakage()).verdicts}
+    monkeypatch.setattr("vfl.open_split.marvell", lambda gradients, *rest: gradients)
+    unguarded = {one.attack: one for one in audit(case, agreement, Leakage()).verdicts}
+    for attack in ("gradient direction", "gradient spectrum"):
+        assert unguarded[attack].verdict == "FAIL"
+        assert guarded[attack].value < 0.8 < 0.9 < unguarded[attack].value  # the guard aims at 0.7
+    assert set(guarded) == set(EXPLAINED)
+    assert guarded["solved residuals"].verdict == "NOT APPLICABLE"
+
+
+@pytest.mark.parametrize("kind", ["logistic regression", "network classifier"])
+def test_labels_of_several_classes_are_audited(kind):
+    if kind.startswith("network"):
+        pytest.importorskip("torch", reason="networks need the extra 'torch'")
+    _, y, x = data()
+    words = np.array(["high", "low", "middle"])[y.astype(int) + (np.arange(len(y)) % 4 == 0)]
+    agreement = of_network({}, epochs=1) if kind.startswith("network") else agreed(max_exchanges=2)
+    for columns in (x, x.iloc[:, :1]):  # with few columns, made-up ones stand in
+        found = audit(labels_case(columns, words, NAMES, 10), agreement, Leakage())
+        for one in found.verdicts:
+            assert one.attack in COLUMN_ATTACKS or one.value is not None
 
 
 def test_a_label_holder_with_one_column_gets_made_up_ones():

@@ -99,6 +99,35 @@ def test_a_network(tmp_path):
     assert pd.read_csv(tmp_path / "scores.csv")["score"].between(0, 1).all()
 
 
+IN_CLEAR = {
+    "open": ("mode = 'open'\nopen_gradients = true\n[leakage]\nleak_auc = 0.9\n", "OpenGradient"),
+    "side by side": ("merge = 'concatenation'\nseparate_embeddings = true\n", "SeparateEmbedding"),
+}
+
+
+@pytest.mark.parametrize("way", list(IN_CLEAR))
+def test_a_network_whose_rows_travel_in_clear_where_all_consent(tmp_path, way):
+    pytest.importorskip("torch", reason="needs colonnade[torch]")
+    network, message = IN_CLEAR[way]
+    held = customers(400)
+    if way == "side by side":  # a label holder without columns of its own
+        held["bank"] = held["bank"][["id", "bad"]]
+    model = BOLD + "kind = 'network classifier'\nepochs = 2\nbatch_size = 64\nresidual_range = 4\n"
+    paths = build(tmp_path, held, model=model, identifiers="[network]\nhidden = [4]\n" + network)
+    code, _, error = colonnade("check", paths["bank"])
+    assert code == 0, error
+    codes, errors = together({name: ["run", path, "--events"] for name, path in paths.items()})
+    assert set(codes.values()) == {0}, errors
+    summary = json.loads((tmp_path / "out" / "bank" / "summary.json").read_text())
+    assert set(summary["metrics"]) == {"joint", "alone"} - ({"alone"} if way == "side by side" else set())
+    assert (summary["scheme"] is None) == (way == "open")
+    sent = [json.loads((tmp_path / "out" / name / "summary.json").read_text())["bytes_sent"] for name in held]
+    kinds = {kind for one in sent for kinds in one.values() for kind in kinds}
+    assert kinds & {one for _, one in IN_CLEAR.values()} == {message}
+    told = summary["leakage"]
+    assert not told if way == "side by side" else all(0.5 <= one["leak AUC"] <= 0.9 for one in told) and len(told) == 2
+
+
 def test_rows_may_have_weights(tmp_path):
     held = customers(400)
     held["bank"]["exposure"] = np.random.default_rng(1).uniform(0.5, 3, len(held["bank"]))

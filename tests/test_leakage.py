@@ -291,6 +291,19 @@ def test_aggregates_of_too_few_rows_fail_and_of_enough_rows_pass():
     assert failed(audit_labels(x, y[few], KNOWN, aggregates=x.T @ residual[few])) == {"solved residuals"}
 
 
+def test_residuals_of_several_classes_add_up_to_zero_and_are_found_all_the_same():
+    _, y = planted()
+    few = y[:150]
+    classes = np.eye(3)[few.astype(int) * (1 + np.arange(150) % 2)]  # the positive label is one of two classes
+    x = np.random.default_rng(1).normal(size=(150, 160))
+    residual = classes.mean(axis=0) - classes
+    assert np.abs(residual.sum(axis=1)).max() < 1e-12
+    found = audit_labels(x, few, KNOWN, aggregates=x.T @ residual, outputs=3)
+    assert failed(found) == {"solved residuals"} and found[3].value > 0.99
+    x = np.random.default_rng(1).normal(size=(150, 20))
+    assert not failed(audit_labels(x, few, KNOWN, aggregates=x.T @ residual, outputs=3))
+
+
 @pytest.mark.parametrize("known", [np.array([], int), np.array([0]), np.arange(598)])
 def test_known_or_other_rows_without_both_labels_are_refused(known):
     x, y = planted()

@@ -360,6 +360,21 @@ def test_rows_in_clear_need_consent(params, clauses, model):
     assert {name_of(parse_header(head).kind) for head, _ in recorded["grocer"]["bank"].sent} <= {"Hello", "Abort"}
 
 
+@pytest.mark.parametrize("network", [{"mode": "open"}, {"merge": "concatenation"}])
+def test_an_agreement_without_these_consents_is_refused_when_it_is_read(network):
+    consents = {"open_gradients": True, "separate_embeddings": True}
+    for given, allowed in ((consents, False), ({}, True), (consents, True)):
+        model = {"kind": "network classifier", "allow_reconstruction": allowed}
+        tables: Any = {"model": model, "network": network | given}
+        if given and allowed:
+            assert agree(3, **tables).network.open_gradients
+            continue
+        with pytest.raises(msgspec.ValidationError, match="rows travel in clear"):
+            agree(3, **tables)
+    if "merge" in network:  # one feature holder's embedding stands alone by sum too
+        assert agree(2, model={"kind": "network classifier"}, network=network)
+
+
 def test_without_consent_training_ends_before_the_embeddings_span_the_columns():
     """Three columns at each of two: five independent directions less than six embeddings a row."""
     parts, y = table(3, widths=(2, 3, 3))

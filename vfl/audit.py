@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ class Case:
     """
 
     parts: dict[str, pd.DataFrame] = field(repr=False)
-    y: Vector = field(repr=False)
+    y: NDArray[Any] = field(repr=False)
     holder: str
     real_labels: bool
     real_columns: bool
@@ -86,7 +86,7 @@ class Audit(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(one.attack for one in self.verdicts if one.verdict == "FAIL")
 
 
-def labels_case(columns: pd.DataFrame, y: Vector, names: Sequence[str], minimum: int) -> Case:
+def labels_case(columns: pd.DataFrame, y: NDArray[Any], names: Sequence[str], minimum: int) -> Case:
     """For a label holder, the first of `names`: every second of its columns stands in for the next one's; with fewer
     than four, made-up columns do, one of which goes with the label. Lent are columns with `minimum` rows off their most
     frequent value."""
@@ -96,7 +96,8 @@ def labels_case(columns: pd.DataFrame, y: Vector, names: Sequence[str], minimum:
         note = f"{lent.shape[1]} of our {columns.shape[1]} columns stand in for a feature holder's; labels are ours"
     else:
         made_up = np.random.default_rng(0).normal(size=(len(columns), SYNTHETIC))
-        made_up[:, 0] += (y - y.mean()) / y.std()
+        told = y if np.issubdtype(y.dtype, np.number) else _two_valued(y)
+        made_up[:, 0] += (told - told.mean()) / told.std()
         lent = pd.DataFrame(made_up, columns=[f"made-up {number}" for number in range(SYNTHETIC)])
         note = f"{SYNTHETIC} made-up columns stand in for a feature holder's, one goes with the label; labels are ours"
     rest = columns.drop(columns=[name for name in lent if name in columns])
@@ -113,10 +114,10 @@ def columns_case(columns: pd.DataFrame, name: str, names: Sequence[str]) -> Case
             parts[other] = pd.DataFrame(generator.normal(size=columns.shape))
     also = f"; the other {len(parts) - 2} feature holders' columns are made up" if len(parts) > 2 else ""
     y = generator.permutation(np.arange(len(columns)) % 2).astype(np.float64)
-    return Case(parts, y, name, False, True, f"columns are ours; labels are drawn at random{also}")
+    return Case(parts, y, name, False, True, f"columns are ours; labels of two classes are drawn at random{also}")
 
 
-def joint_case(own: pd.DataFrame, y: Vector, columns: pd.DataFrame, names: tuple[str, str]) -> Case:
+def joint_case(own: pd.DataFrame, y: NDArray[Any], columns: pd.DataFrame, names: tuple[str, str]) -> Case:
     """On test data of the label holder and one feature holder, `names`, rows aligned; embeddings are in clear."""
     note = f"test data of both sides: labels and {own.shape[1]} columns; {columns.shape[1]} columns of {names[1]}"
     return Case({names[0]: own, names[1]: columns}, y, names[1], True, True, note)
@@ -138,7 +139,10 @@ def audit(case: Case, agreed: Agreement, leakage: Leakage, known: int = 40) -> A
     )
     harmless, verdicts = None, []
     if case.real_labels:
-        verdicts += _verdicts(label_findings(case, seen, known, limits), case.holder, "labels")
+        found = label_findings(case, seen, known, limits)
+        verdicts += _verdicts(found, case.holder, "labels")
+        left = {name: one for name, one in LABEL_ATTACKS.items() if name not in {each.attack for each in found}}
+        verdicts += _not_applicable(left, case.holder, "labels", "gradients travel a row each, not as sums")
     else:
         verdicts += _not_applicable(
             LABEL_ATTACKS, case.holder, "labels", "labels are the label holder's: it audits them"
@@ -166,22 +170,33 @@ def audit(case: Case, agreed: Agreement, leakage: Leakage, known: int = 40) -> A
 
 
 def label_findings(case: Case, seen: Seen, known: int, limits: Limits) -> list[Finding]:
-    """What the feature holder learns of labels: from gradients, of all rows or of the first batch, and from its share.
+    """What the feature holder learns of labels: from gradients, of all rows or of the first batch, and from its share;
+    of gradients a row the worst of all epochs and of their mean.
 
-    A target of more than two values counts as two: above its median or not."""
+    Of several classes the rarest is what must not show; of numbers, which are above the median."""
     x, y = case.parts[case.holder].to_numpy(np.float64), _two_valued(case.y)
-    rows, gradients = seen.rows, seen.gradients.get(case.holder)
-    where, everywhere = known_rows(y[rows], known), known_rows(y, known)
-    summed = audit_labels(x[rows], y[rows], where, aggregates=seen.aggregates[case.holder], limits=limits)
-    if gradients is not None:
-        summed = audit_labels(x, y, everywhere, gradients=gradients, limits=limits) + summed[3:]
+    rows, everywhere = seen.rows, known_rows(y, known)
+    summed: list[Finding] = []
+    if (aggregates := seen.aggregates.get(case.holder)) is not None:
+        where, of = known_rows(y[rows], known), seen.outputs
+        summed = audit_labels(x[rows], y[rows], where, aggregates=aggregates, outputs=of, limits=limits)
+    if gradients := seen.gradients.get(case.holder):
+        attacked = (audit_labels(x, y, everywhere, gradients=one, limits=limits) for one in gradients)
+        worst = [max(one, key=lambda finding: finding.value) for one in zip(*attacked, strict=True)]
+        summed = worst + summed[3:]
     return summed + audit_labels(x, y, everywhere, share=seen.shares[case.holder], limits=limits)
 
 
 def column_findings(case: Case, seen: Seen, known: int, limits: Limits) -> list[Finding]:
-    """What the label holder learns of the feature holder's columns, of which it knows some rows."""
+    """What the label holder learns of the feature holder's columns, of which it knows some rows. Weights change from
+    batch to batch: what the first one's embeddings tell of its own rows counts where it is more."""
     own, x = (case.parts[name].to_numpy(np.float64) for name in (case.label_holder, case.holder))
-    return audit_columns(x, seen.embeddings, _some(np.arange(len(x)), known), own=own, limits=limits)
+    found = audit_columns(x, seen.embeddings, _some(np.arange(len(x)), known), own=own, limits=limits)
+    if len(rows := seen.rows) == len(x):
+        return found
+    first, where = seen.embeddings[rows, : seen.width], _some(np.arange(len(rows)), known)
+    batch = audit_columns(x[rows], first, where, own=own[rows], limits=limits)
+    return [max(both, key=lambda finding: finding.value) for both in zip(found, batch, strict=True)]
 
 
 def known_rows(y: Vector, count: int) -> NDArray[np.int64]:
@@ -194,8 +209,12 @@ def _some(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return np.sort(np.random.default_rng(0).permutation(rows)[: max(count, 0)])
 
 
-def _two_valued(y: Vector) -> Vector:
-    return np.asarray(y == y.max() if len(np.unique(y)) == 2 else y > np.median(y), np.float64)
+def _two_valued(y: NDArray[Any]) -> Vector:
+    values, rows = np.unique(y, return_counts=True)
+    if len(values) == 2:
+        return np.asarray(y == values[1], np.float64)
+    text = not np.issubdtype(values.dtype, np.number)
+    return np.asarray(y == values[rows.argmin()] if text else y > np.median(y), np.float64)
 
 
 def _harmless(case: Case, seen: Seen, known: int, limits: Limits) -> int:

@@ -54,7 +54,7 @@ def estimate(agreement: Agreement, rows: int, columns: int) -> Estimate:
         USUAL_EXCHANGES if model.solver == "subspace" else model.epochs
     )  # sgd: one stands for an epoch's batches
     exchanges = min(exchanges, model.max_exchanges)
-    holders = (columns,) * (parties - 1)
+    holders = (max(columns, 1),) * (parties - 1)  # a label holder may have none, feature holders have some
     if not model.allow_reconstruction:
         exchanges = min(exchanges, sum(holders))
     key_bits, cached = agreement.encryption.key_bits, model.solver == "subspace"

@@ -6,6 +6,7 @@ A rehearsal goes on for as many exchanges as the agreement allows, the most that
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,20 +16,25 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from parties.agreement import Agreement, Model, Result
+from parties.agreement import Agreement, Result
 from parties.identity import Identity
 from parties.memory import MemoryLink, make_agreement, play
-from parties.message import decode, parse_header
+from parties.message import Message, decode, parse_header
 from parties.session import Session
 from psi.align import align
 from psi.job import ALIGN
+from vfl.bottoms import Linear, Randomness
 from vfl.estimator import VerticalLinearModel
 from vfl.inner import Problem
 from vfl.losses import Loss, Matrix, Vector
 from vfl.messages import MaskedEmbedding, PartialEmbedding
-from vfl.task import linear
+from vfl.neural_estimator import VerticalMLP
+from vfl.open_messages import OpenGradient, SeparateEmbedding
+from vfl.task import estimator
+from vfl.training import Batches, batches
 
 Rows = NDArray[np.int64]
+Recorded = Mapping[str, Mapping[str, MemoryLink]]
 NEVER = 1e-300  # a tolerance that stops nothing
 MEMBERS = 200  # made-up ids of a party, of which half are common
 
@@ -37,10 +43,12 @@ MEMBERS = 200  # made-up ids of a party, of which half are common
 class Seen:
     """What each side would see.
 
-    embeddings (n, t): all that the label holder got over the same rows, sums where there are several feature holders.
-    aggregates: by feature holder X^T R (d, e), an exchange each, over `rows`: all, or with mini-batches the first one.
-    shares: by feature holder the embeddings (n, m) of its trained model. gradients: by feature holder (n, k), a row
-    each, where a training sends such.
+    embeddings (n, t): all that the label holder got over the same rows, sums where there are several feature holders
+    (of a network that puts them side by side, each one's), `width` of them an exchange.
+    aggregates: by feature holder X^T R (d, e), `outputs` columns an exchange, over `rows`: all, or with mini-batches
+    the first one; none where gradients travel a row each. shares: by feature holder the embeddings (n, m) of its
+    trained model. gradients: by feature holder (n, m), a row each, of every epoch and then their mean, where a training
+    sends such.
     """
 
     embeddings: Matrix = field(repr=False)
@@ -48,12 +56,14 @@ class Seen:
     shares: Mapping[str, Matrix] = field(repr=False)
     rows: Rows = field(repr=False)
     exchanges: int
-    gradients: Mapping[str, Matrix] = field(default_factory=dict, repr=False)
+    outputs: int = 1
+    width: int = 1
+    gradients: Mapping[str, list[Matrix]] = field(default_factory=dict, repr=False)
 
 
-def rehearse(parts: Mapping[str, pd.DataFrame], y: Vector, agreed: Agreement) -> Seen:
+def rehearse(parts: Mapping[str, pd.DataFrame], y: NDArray[Any], agreed: Agreement) -> Seen:
     """Train on `parts`, the label holder's columns (maybe none) first, rows aligned, and y (n,), under what was agreed
-    but for the parties and the tolerance.
+    but for the parties, the tolerance and early stopping.
 
     Raises:
         LocalError, Refused: what a training on these columns is refused for.
@@ -67,21 +77,51 @@ def rehearse(parts: Mapping[str, pd.DataFrame], y: Vector, agreed: Agreement) ->
         expires=here.expires,
         deadlines=here.deadlines,
         model=msgspec.structs.replace(agreed.model, tolerance=NEVER, early_stopping=False),
+        network=msgspec.structs.replace(agreed.network, early_stopping=False),
         encryption=msgspec.structs.replace(agreed.encryption, scheme="lattice"),
     )
-
-    roles = {name: _trainer(x, y if name == names[0] else None, agreement.model) for name, x in parts.items()}
+    roles = {name: _trainer(x, y if name == names[0] else None) for name, x in parts.items()}
     trained = play(roles, agreement, identities=identities, recorded=recorded)
+    if agreement.is_network:
+        return _seen_of_network(trained, recorded, names, agreement, len(y))
     residuals = trained[names[0]].problem_.residuals
     rows = residuals[0][0]
     aggregated = [residual for _, residual in residuals if len(residual) == len(y)] or [residuals[0][1]]
     holders = {name: parts[name].to_numpy(np.float64) for name in names[1:]}
+    sums, outputs = _sums(recorded, names, agreement), residuals[0][1].shape[1]
     return Seen(
-        embeddings=_over_the_same_rows(_sums(recorded, names, agreement), residuals, len(y)),
+        embeddings=_over_the_same_rows(sums, [batch for batch, _ in residuals], len(y)),
         aggregates={name: np.column_stack([x[rows].T @ one for one in aggregated]) for name, x in holders.items()},
         shares={name: x @ trained[name].coef_.T for name, x in holders.items()},
         rows=rows,
         exchanges=len(residuals),
+        outputs=outputs,
+        width=sums[0].size // len(rows) if sums else 0,
+    )
+
+
+def _seen_of_network(
+    trained: Mapping[str, Any], recorded: Recorded, names: list[str], agreement: Agreement, rows: int
+) -> Seen:
+    """What each side saw of a network's training; its batches follow from the agreement."""
+    holders, outputs, model = names[1:], agreement.network.hidden[0], agreement.model
+    plan = batches(rows, model.batch_size, model.epochs, model.seed, model.max_exchanges)
+    sums = _sums(recorded, names, agreement)
+    gradients = dict[str, list[Matrix]]()
+    for name in holders:
+        if sent := _sent(recorded[names[0]][name], OpenGradient):
+            epochs = _over_the_same_rows(sent, plan, rows)
+            each = np.split(epochs, epochs.shape[1] // outputs, axis=1)
+            gradients[name] = [*each, np.mean(each, axis=0)]
+    return Seen(
+        embeddings=_over_the_same_rows(sums, plan, rows),
+        aggregates={name: trained[name].bottom_.first * len(plan[0]) for name in holders if name not in gradients},
+        shares={name: trained[name].bottom_.embed(np.arange(rows)) for name in holders},
+        rows=plan[0],
+        exchanges=len(sums),
+        outputs=outputs,
+        width=sums[0].size // len(plan[0]),
+        gradients=gradients,
     )
 
 
@@ -127,13 +167,23 @@ class _Watched(Problem):
         return out
 
 
-def _trainer(x: pd.DataFrame, y: Vector | None, model: Model) -> Callable[[Session], VerticalLinearModel]:
-    return lambda session: _watched(linear(model)).fit(x, y, session=session)
+class _Noting(Linear):
+    """A bottom that keeps the first gradient it was given."""
+
+    first: Matrix | None = None
+
+    def learn(self, gradient: Matrix) -> None:
+        self.first = gradient if self.first is None else self.first
+        super().learn(gradient)
 
 
-def _watched(model: VerticalLinearModel) -> VerticalLinearModel:
-    """The same estimator, which keeps the residuals at the label holder: who knows these and the columns of a feature
-    holder knows what that one is given."""
+def _trainer(x: pd.DataFrame, y: NDArray[Any] | None) -> Callable[[Session], VerticalLinearModel | VerticalMLP]:
+    return lambda session: _watched(estimator(session.agreement)).fit(x, y, session=session)
+
+
+def _watched(model: VerticalLinearModel | VerticalMLP) -> Any:
+    """The same estimator, which keeps what a feature holder is given: a network, the first gradient; else the residuals
+    at the label holder, of which these gradients follow."""
 
     class Watched(type(model)):  # type: ignore[misc]
         def _problem(self, loss: Loss, targets: Matrix, weights: Vector) -> Problem:
@@ -141,36 +191,42 @@ def _watched(model: VerticalLinearModel) -> VerticalLinearModel:
             self.problem_ = _Watched(plain.loss, plain.y, plain.weights, plain.penalty, plain.fit_intercept)
             return self.problem_
 
-    out: VerticalLinearModel = Watched(**model.get_params())
-    return out
+        def _bottom(self, x: Matrix, randomness: Randomness = os.urandom) -> Linear:
+            self.bottom_ = _Noting(x, super()._bottom(x, randomness).weights, self._rule)
+            return self.bottom_
+
+    return Watched(**model.get_params())
 
 
-def _sums(recorded: Mapping[str, Mapping[str, MemoryLink]], names: list[str], agreement: Agreement) -> list[Vector]:
-    """What the label holder can add up of the embeddings on the wire, step by step."""
-    steps: dict[int, dict[str, list[Any]]] = {}
-    kind: type[PartialEmbedding | MaskedEmbedding] = PartialEmbedding if len(names) == 2 else MaskedEmbedding
-    for name in names[1:]:
-        for head, payload in recorded[name][names[0]].sent:
-            header = parse_header(head)
-            if header.kind == kind.kind:
-                message = decode(header, payload, kind)
-                steps.setdefault(message.exchange, {}).setdefault(name, []).append(message.data)
-    sums = [np.sum([np.concatenate(parts) for parts in steps[step].values()], axis=0) for step in sorted(steps)]
-    if kind is PartialEmbedding:
-        return sums
-    return [np.ldexp(one.astype(np.int64).astype(np.float64), -agreement.encryption.embedding_bits) for one in sums]
+def _sent(link: MemoryLink, kind: type[Message]) -> list[Any]:
+    """What went over a link in messages of this kind, an exchange each."""
+    steps: dict[int, list[Any]] = {}
+    for head, payload in link.sent:
+        header = parse_header(head)
+        if header.kind == kind.kind:
+            message: Any = decode(header, payload, kind)
+            steps.setdefault(message.exchange, []).append(message.data)
+    return [np.concatenate(steps[step]) for step in sorted(steps)]
 
 
-def _over_the_same_rows(sums: list[Vector], residuals: list[tuple[Rows, Matrix]], n: int) -> Matrix:
-    """Embeddings (n, t): full ones side by side; those of mini-batches an epoch beside the other."""
-    rows = residuals[0][0]
-    if len(rows) == n:
-        return np.column_stack([one.reshape(n, -1) for one in sums]) if sums else np.empty((n, 0))
+def _sums(recorded: Recorded, names: list[str], agreement: Agreement) -> list[Any]:
+    """What the label holder has of the embeddings on the wire, step by step: their sum, or each one's side by side."""
+    separate = agreement.network.merge == "concatenation"
+    clear = SeparateEmbedding if separate else PartialEmbedding if len(names) == 2 else None
+    sent = zip(*(_sent(recorded[name][names[0]], clear or MaskedEmbedding) for name in names[1:]), strict=True)
+    if clear:
+        return [np.hstack(one) if separate else one[0] for one in sent]
+    sums = (np.sum(one, axis=0).astype(np.int64).astype(np.float64) for one in sent)
+    return [np.ldexp(one, -agreement.encryption.embedding_bits) for one in sums]
+
+
+def _over_the_same_rows(values: list[Any], plan: Batches, n: int) -> Matrix:
+    """Values (n, t) of rows: full ones side by side; those of mini-batches an epoch beside the other."""
     epochs: list[Matrix] = []
     times = np.zeros(n, np.int64)
-    for values, (batch, residual) in zip(sums, residuals, strict=True):
+    for one, batch in zip(values, plan, strict=False):  # a training may end before its plan, and embed no last time
         if times[batch[0]] == len(epochs):
-            epochs.append(np.zeros((n, residual.shape[1])))
-        epochs[-1][batch] = values.reshape(len(batch), -1)
+            epochs.append(np.zeros((n, one.size // len(batch))))
+        epochs[-1][batch] = one.reshape(len(batch), -1)
         times[batch] += 1
-    return np.hstack(epochs)
+    return np.hstack(epochs) if epochs else np.empty((n, 0))

@@ -86,6 +86,7 @@ def write_outcome(party: Party, outcome: Outcome, warnings: Sequence[str]) -> di
 def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[str, Any]:
     """The run as plain values; no id, no row, no coefficient."""
     agreement = party.agreement
+    terms = getattr(outcome.model, "terms_", agreement.encryption)  # None: the open mode encrypts no gradient
     summary: dict[str, Any] = {
         "party": party.name,
         "role": agreement.party(party.name).role,
@@ -99,7 +100,7 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
         "rows_test": int(outcome.test.sum()),
         "exchanges": outcome.model.n_iter_,
         "converged": outcome.model.converged_,
-        "scheme": getattr(outcome.model, "terms_", agreement.encryption).scheme,
+        "scheme": None if terms is None else terms.scheme,
         "key_bits": agreement.encryption.key_bits,
         "encryption": encryption(outcome.model, agreement),
         "seconds": round(sum(outcome.seconds.values()), 3),

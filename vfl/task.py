@@ -134,7 +134,7 @@ def evaluate(
 ) -> Evaluation:
     """Figures of the joint model beside those of the label holder alone, whose columns of the same rows are x, and of
     the joint model `without` each feature holder."""
-    alone, own = getattr(model, "alone_", None), x if x.shape[1] else np.zeros((len(x), 1))
+    own, alone = x, getattr(model, "alone_", None) if x.shape[1] else None
     if not isinstance(model, ClassifierMixin):
         kind: Literal["poisson", "regression"] = (
             "poisson" if isinstance(model, VerticalPoissonRegressor) else "regression"

@@ -61,14 +61,16 @@ def audit_labels(
     *,
     gradients: Matrix | None = None,
     aggregates: Matrix | None = None,
+    outputs: int = 1,
     share: Matrix | None = None,
     limits: Limits | None = None,
 ) -> list[Finding]:
     """What a feature holder with columns x (n, d) learns of y (n,) in {0, 1}; it knows the labels of the `known` rows.
 
     gradients (n, k): per row, as plain or open split learning sends them, of one epoch or a mean over epochs;
-    aggregates (d, m): X^T R, one column an exchange and output, as the encrypted exchange gives them; share (n, k): the
-    embeddings of its trained model. With aggregates alone, attacks on rows get what there is: the same for every row.
+    aggregates (d, m): X^T R, one column an exchange and output (of `outputs`), as the encrypted exchange gives them;
+    share (n, k): the embeddings of its trained model. With aggregates alone, attacks on rows get what there is: the
+    same for every row.
 
     Raises:
         LocalError: known rows, or the others, without both labels, or too few rows of a label.
@@ -102,7 +104,8 @@ def audit_labels(
     predictable = leak_auc(predicted, target)
 
     if aggregates is not None:
-        scores = -labels.residuals(x, aggregates).mean(axis=1)
+        solved = labels.residuals(x, aggregates)  # of several outputs they may add up to zero: known rows tell the sign
+        scores = -solved.mean(axis=1) if outputs == 1 else labels.completion(solved, known, y[known])
         findings.append(finding("solved residuals", scores, predictable, predictable + limits.above_model))
     if share is not None:
         alone = leak_auc(labels.completion(x, known, y[known])[rest], target)

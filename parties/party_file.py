@@ -72,6 +72,17 @@ class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise ValueError(f"duplicates = {self.duplicates!r} needs order_by: a database gives its rows in any order")
 
 
+Code = Annotated[str, Meta(pattern=r"^(.+\.py:\w+)?$")]
+
+
+class OwnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Our own code, "file.py:function", that builds a module of torch: of a network `bottom`, below a feature holder's
+    embedding, or `top`, at the label holder."""
+
+    bottom: Code = ""
+    top: Code = ""
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What we refuse although the agreement would allow it, and what we keep for our own auditors.
 
@@ -102,6 +113,7 @@ class PartyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     key: str
     output: str
     table: TableChoice = TableChoice()
+    model: OwnModel = OwnModel()
     prepare: Preparation = Preparation()
     policy: Policy = Policy()
     listen: str = ""
@@ -148,6 +160,9 @@ class Party:
             raise LocalError(f"{path}: columns, units and categories in [table] are for horizontal jobs; name features")
         if self.file.table.label and not self.is_label_holder:
             raise LocalError(f"{path}: the label holder, and nobody else, names a label in [table]")
+        part, other = ("top", "bottom") if self.is_label_holder else ("bottom", "top")
+        if getattr(self.file.model, other) or (getattr(self.file.model, part) and not self.agreement.is_network):
+            raise LocalError(f"{path}: [model] names our own {part} of a network, and nothing else")
         self.id_columns = self._id_columns()
         self._check_policy()
 

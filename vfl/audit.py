@@ -20,6 +20,7 @@ from parties.agreement import Agreement
 from parties.leakage import Leakage
 from vfl.leakage.suite import FOLDS, Finding, Limits, audit_columns, audit_labels, audit_membership
 from vfl.losses import Vector
+from vfl.own_code import Own
 from vfl.rehearsal import Seen, rehearse, rehearse_alignment
 
 FEWEST, SYNTHETIC = 4, 8  # columns of a label holder that can lend some; made-up ones where it cannot
@@ -30,7 +31,7 @@ class Case:
     """What is rehearsed: columns by party, the label holder's first, rows aligned; y (n,).
 
     `holder` is the feature holder whose sight and columns are audited; `real_labels` and `real_columns` say which of y
-    and its columns are real. `note` tells in a line what the others are.
+    and its columns are real. `note` tells in a line what the others are; `own` is a module of ours that is rehearsed.
     """
 
     parts: dict[str, pd.DataFrame] = field(repr=False)
@@ -39,6 +40,7 @@ class Case:
     real_labels: bool
     real_columns: bool
     note: str
+    own: Own | None = None
 
     @property
     def label_holder(self) -> str:
@@ -129,7 +131,9 @@ def audit(case: Case, agreed: Agreement, leakage: Leakage, known: int = 40) -> A
     Raises:
         LocalError, Refused: a training on these columns is refused, or there are too few rows of a label.
     """
-    seen, result = rehearse(case.parts, case.y, agreed), agreed.intersection.result
+    whose = case.label_holder if case.own is not None and case.own.part == "top" else case.holder
+    own = {} if case.own is None else {whose: case.own}
+    seen, result = rehearse(case.parts, case.y, agreed, own), agreed.intersection.result
     limits = Limits(
         norm=leakage.norm_auc,
         direction=leakage.leak_auc,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from parties.tables import Source, read_table
 from psi.identifiers import Identifiers, canonical
 from vfl.audit import Audit, Case, audit, columns_case, joint_case, labels_case
 from vfl.console import out
-from vfl.job_input import Prepared, prepare
+from vfl.job_input import Prepared, exchanged, prepare
 from vfl.losses import Vector
 from vfl.preparation import fit
 
@@ -40,7 +41,7 @@ def run(party: Party, known: int, exchanges: int | None, rows: int, other: Path 
         raise LocalError("audit is for vertical jobs; a horizontal one is protected by secure aggregation and privacy")
     make_folder(party.output)
     with _quiet():
-        case = _case(party, prepare(party), rows, other, label)
+        case = _with_own(party, prepare(party), rows, other, label)
         agreed = party.agreement
         if exchanges is not None:
             settings = msgspec.structs.replace(agreed.model, max_exchanges=exchanges)
@@ -80,9 +81,18 @@ def summarise(party: Party, found: Audit) -> dict[str, Any]:
     }
 
 
-def _case(party: Party, ours: Prepared, most: int, other: Path | None, label: str) -> Case:
-    """What can be rehearsed with what we have, on at most so many rows."""
-    columns, y = ours.fitted.transform(ours.features).reset_index(drop=True), ours.label
+def _with_own(party: Party, ours: Prepared, most: int, other: Path | None, label: str) -> Case:
+    """The case, with our own module of a network. What a frozen one makes of our columns stands for them."""
+    own, columns = ours.own, ours.fitted.transform(ours.features)
+    if own is None or own.part == "top" or party.agreement.network.mode == "open":
+        return replace(_case(party, ours, columns, most, other, label), own=own)
+    case = _case(party, ours, exchanged(columns, ours, party.agreement), most, other, label)
+    return replace(case, note=f"{case.note}; columns are what our frozen module makes of ours")
+
+
+def _case(party: Party, ours: Prepared, columns: pd.DataFrame, most: int, other: Path | None, label: str) -> Case:
+    """What can be rehearsed with what we have, our columns as they are exchanged, on at most so many rows."""
+    columns, y = columns.reset_index(drop=True), ours.label
     settings, draw = party.agreement.model, np.random.default_rng(0)
     names = [one.name for one in party.agreement.ring]
     if other is None:

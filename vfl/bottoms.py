@@ -145,7 +145,7 @@ def frozen(bottom: Any, X: Any) -> Matrix:
     torch = sys.modules.get("torch")  # whoever has a module has loaded it
     if torch is not None and isinstance(bottom, torch.nn.Module):
         with torch.no_grad():
-            out = copy.deepcopy(bottom).eval().double()(torch.as_tensor(np.asarray(X, np.float64))).numpy()
+            out = copy.deepcopy(bottom).eval().double()(torch.tensor(np.asarray(X, np.float64))).numpy()
     else:
         out = np.asarray(bottom(X), np.float64)
     return np.asarray(out.reshape(len(out), -1))

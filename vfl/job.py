@@ -28,11 +28,12 @@ from vfl.information import measure
 from vfl.job_input import Prepared, fitted_on, prepare
 from vfl.losses import Matrix, Vector
 from vfl.neural_estimator import VerticalMLP
+from vfl.own_code import own_module
 from vfl.preparation import FittedColumns, FittedNumber
 from vfl.resume import EVERY, OPEN_EVERY, Checkpoints
 from vfl.search import Outcome as Searched
 from vfl.search import search
-from vfl.task import estimator, evaluate, linear, load_share, scores
+from vfl.task import estimator, evaluate, linear, load_share, outputs_for, scores
 
 WRITTEN = ("model.json", "information.json", "report.html")
 TRAINED = (*psi_job.ALIGNED, *WRITTEN)
@@ -99,7 +100,7 @@ def _information(session: Session, prepared: Prepared, common: NDArray[np.int64]
 
 
 def _job(agreement: Agreement, prepared: Prepared) -> bytes:
-    """What an interrupted training was: the agreement, and our own columns and label."""
+    """What an interrupted training was: the agreement, our own columns and label, our own module's code."""
     plan = msgspec.json.encode([list(prepared.features), prepared.plan], order="sorted")
     digest = hashlib.sha256(b"colonnade/job/1" + agreement.digest + hashlib.sha256(plan).digest())
     for values in (
@@ -107,6 +108,7 @@ def _job(agreement: Agreement, prepared: Prepared) -> bytes:
         *map(pd.Series, (prepared.label, prepared.weights)),
     ):
         digest.update(pd.util.hash_pandas_object(values, index=False).to_numpy().tobytes())
+    digest.update(b"" if prepared.own is None else prepared.own.digest)
     return digest.digest()
 
 
@@ -142,6 +144,8 @@ def _train_on(
             model = searched.model
         else:
             model = estimator(session.agreement)
+            if (own := prepared.own) is not None:
+                model.set_params(**own.modules(session.agreement, mine.shape[1], outputs_for(settings, target)))
             weights = None if prepared.weights is None else prepared.weights[common][~test]
             model.fit(mine, target, session=session, sample_weight=weights, checkpoints=checkpoints, resume=resume)
     found, evaluation = None, None
@@ -247,7 +251,7 @@ def predict(
         raise LocalError(
             f"{share} does not exist; a run that was begun since has set it aside in {party.output}/earlier"
         )
-    model = load_share(share)
+    model = load_share(share, own_module(party))
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
     approval, house = party.approval, psi_job.House(party, "score_")

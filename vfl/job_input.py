@@ -12,19 +12,22 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.linalg import lapack
 
-from parties.agreement import Model
+from parties.agreement import Agreement, Model
 from parties.errors import LocalError, Refused
 from parties.party_file import Party, TableChoice
 from parties.preparation import Preparation
 from parties.tables import Source, Table
 from psi import job as psi_job
+from vfl.bottoms import Deep, frozen
 from vfl.exchange import Scales
 from vfl.information import rehearse
-from vfl.inputs import RANK_TOLERANCE, check_columns
+from vfl.inputs import RANK_TOLERANCE, check_columns, matrix
 from vfl.losses import Vector
-from vfl.optimisers import load_torch
+from vfl.optimisers import Rule, load_torch
+from vfl.own_code import Own, blamed_on, own_module
 from vfl.preparation import FittedCategory, FittedColumns, fit
-from vfl.task import check_range, classes_of, label_use
+from vfl.task import check_range, classes_of, label_use, outputs_for
+from vfl.top import Top
 
 log = logging.getLogger("colonnade")
 
@@ -42,6 +45,7 @@ class Prepared(psi_job.Prepared):
     plan: Preparation = field(repr=False)
     fitted: FittedColumns = field(repr=False)
     weights: Vector | None = field(default=None, repr=False)
+    own: Own | None = None
 
 
 def prepare(
@@ -56,7 +60,7 @@ def prepare(
     Raises:
         LocalError: names file, column and count. Refused: the agreement does not allow a model, or as many columns.
     """
-    choice, plan, agreement = party.file.table, party.file.prepare, party.agreement
+    choice, plan, agreement, own = party.file.table, party.file.prepare, party.agreement, own_module(party)
     names = list(choice.features if trained is None else trained.columns)
     if not names and not party.is_label_holder:
         raise LocalError(f"{party.path}: name our columns as features in [table]; 'colonnade align' needs none")
@@ -98,9 +102,31 @@ def prepare(
             rehearse(agreement, features, plan, party.is_label_holder)
     except LocalError as error:
         raise LocalError(f"{read.table.source}: {error}") from None
+    prepared = Prepared(read.table, read.ids, features, truth, plan, fitted, weights, own)
     if trained is None:
-        _rehearse(party, columns, read.table.source)
-    return Prepared(read.table, read.ids, features, truth, plan, fitted, weights)
+        _rehearse(party, exchanged(columns, prepared, agreement), read.table.source)
+    return prepared
+
+
+def exchanged(columns: pd.DataFrame, prepared: Prepared, agreement: Agreement) -> pd.DataFrame:
+    """The columns that the encrypted exchange will see: our prepared ones, or what a frozen module of ours makes of
+    them; none below a module that learns. Raises LocalError: our module is for other columns or classes."""
+    own, network = prepared.own, agreement.network
+    if own is None:
+        return columns
+    outputs = outputs_for(agreement.model, prepared.label)
+    module = own.modules(agreement, columns.shape[1], outputs)[own.part]
+    rule, width = Rule("sgd", agreement.model.learning_rate, 0.0, 0.0), network.hidden[0]
+    with blamed_on(f"our {own.part}"):
+        if own.part == "top":
+            classifies = agreement.model.kind == "network classifier"
+            Top(module, own.merged(agreement, columns.shape[1]), outputs, classifies, rule)
+            return columns
+        if network.mode == "open":
+            Deep(columns.to_numpy(), module, width, rule)
+            return columns.iloc[:, :0]
+        features, names = matrix(frozen(module, columns))
+        return pd.DataFrame(features, columns=names)
 
 
 def _declared(plan: Preparation) -> tuple[set[str], set[str]]:
@@ -122,6 +148,8 @@ def fitted_on(features: pd.DataFrame, plan: Preparation, model: Model, is_label_
 
 def _rehearse(party: Party, columns: pd.DataFrame, place: str) -> None:
     """What would stop training once rows are common stops us now, on all our rows and prepared columns."""
+    if party.file.model.bottom and not columns.shape[1]:
+        return
     agreement, names, rows = party.agreement, list(map(str, columns)), len(columns)
     agreed = agreement.party(party.name).columns
     if agreed and len(names) > agreed:

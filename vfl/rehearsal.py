@@ -7,7 +7,7 @@ A rehearsal goes on for as many exchanges as the agreement allows, the most that
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,15 +23,16 @@ from parties.message import Message, decode, parse_header
 from parties.session import Session
 from psi.align import align
 from psi.job import ALIGN
-from vfl.bottoms import Linear, Randomness
+from vfl import sgd
+from vfl.bottoms import Deep, Linear, Randomness
 from vfl.estimator import VerticalLinearModel
 from vfl.inner import Problem
 from vfl.losses import Loss, Matrix, Vector
 from vfl.messages import MaskedEmbedding, PartialEmbedding
 from vfl.neural_estimator import VerticalMLP
 from vfl.open_messages import OpenGradient, SeparateEmbedding
-from vfl.task import estimator
-from vfl.training import Batches, batches
+from vfl.own_code import Own
+from vfl.task import estimator, outputs_for
 
 Rows = NDArray[np.int64]
 Recorded = Mapping[str, Mapping[str, MemoryLink]]
@@ -61,9 +62,11 @@ class Seen:
     gradients: Mapping[str, list[Matrix]] = field(default_factory=dict, repr=False)
 
 
-def rehearse(parts: Mapping[str, pd.DataFrame], y: NDArray[Any], agreed: Agreement) -> Seen:
+def rehearse(
+    parts: Mapping[str, pd.DataFrame], y: NDArray[Any], agreed: Agreement, own: Mapping[str, Own] | None = None
+) -> Seen:
     """Train on `parts`, the label holder's columns (maybe none) first, rows aligned, and y (n,), under what was agreed
-    but for the parties, the tolerance and early stopping.
+    but for the parties, the tolerance and early stopping; with `own` modules of a network, by party.
 
     Raises:
         LocalError, Refused: what a training on these columns is refused for.
@@ -80,7 +83,9 @@ def rehearse(parts: Mapping[str, pd.DataFrame], y: NDArray[Any], agreed: Agreeme
         network=msgspec.structs.replace(agreed.network, early_stopping=False),
         encryption=msgspec.structs.replace(agreed.encryption, scheme="lattice"),
     )
-    roles = {name: _trainer(x, y if name == names[0] else None) for name, x in parts.items()}
+    outputs = outputs_for(agreement.model, y)
+    modules = {name: one.modules(agreement, parts[name].shape[1], outputs) for name, one in (own or {}).items()}
+    roles = {name: _trainer(x, y if name == names[0] else None, modules.get(name, {})) for name, x in parts.items()}
     trained = play(roles, agreement, identities=identities, recorded=recorded)
     if agreement.is_network:
         return _seen_of_network(trained, recorded, names, agreement, len(y))
@@ -105,7 +110,7 @@ def _seen_of_network(
 ) -> Seen:
     """What each side saw of a network's training; its batches follow from the agreement."""
     holders, outputs, model = names[1:], agreement.network.hidden[0], agreement.model
-    plan = batches(rows, model.batch_size, model.epochs, model.seed, model.max_exchanges)
+    plan = sgd.batches(rows, model.batch_size, model.epochs, model.seed)
     sums = _sums(recorded, names, agreement)
     gradients = dict[str, list[Matrix]]()
     for name in holders:
@@ -116,7 +121,7 @@ def _seen_of_network(
     return Seen(
         embeddings=_over_the_same_rows(sums, plan, rows),
         aggregates={name: trained[name].bottom_.first * len(plan[0]) for name in holders if name not in gradients},
-        shares={name: trained[name].bottom_.embed(np.arange(rows)) for name in holders},
+        shares={name: trained[name].bottom_.embed(np.arange(rows), learning=False) for name in holders},
         rows=plan[0],
         exchanges=len(sums),
         outputs=outputs,
@@ -177,8 +182,10 @@ class _Noting(Linear):
         super().learn(gradient)
 
 
-def _trainer(x: pd.DataFrame, y: NDArray[Any] | None) -> Callable[[Session], VerticalLinearModel | VerticalMLP]:
-    return lambda session: _watched(estimator(session.agreement)).fit(x, y, session=session)
+def _trainer(
+    x: pd.DataFrame, y: NDArray[Any] | None, modules: Mapping[str, Any]
+) -> Callable[[Session], VerticalLinearModel | VerticalMLP]:
+    return lambda session: _watched(estimator(session.agreement).set_params(**modules)).fit(x, y, session=session)
 
 
 def _watched(model: VerticalLinearModel | VerticalMLP) -> Any:
@@ -191,8 +198,9 @@ def _watched(model: VerticalLinearModel | VerticalMLP) -> Any:
             self.problem_ = _Watched(plain.loss, plain.y, plain.weights, plain.penalty, plain.fit_intercept)
             return self.problem_
 
-        def _bottom(self, x: Matrix, randomness: Randomness = os.urandom) -> Linear:
-            self.bottom_ = _Noting(x, super()._bottom(x, randomness).weights, self._rule)
+        def _bottom(self, x: Matrix, randomness: Randomness = os.urandom) -> Linear | Deep:
+            plain = super()._bottom(x, randomness)
+            self.bottom_ = plain if isinstance(plain, Deep) else _Noting(x, plain.weights, self._rule)
             return self.bottom_
 
     return Watched(**model.get_params())
@@ -220,7 +228,7 @@ def _sums(recorded: Recorded, names: list[str], agreement: Agreement) -> list[An
     return [np.ldexp(one, -agreement.encryption.embedding_bits) for one in sums]
 
 
-def _over_the_same_rows(values: list[Any], plan: Batches, n: int) -> Matrix:
+def _over_the_same_rows(values: list[Any], plan: Sequence[Rows], n: int) -> Matrix:
     """Values (n, t) of rows: full ones side by side; those of mini-batches an epoch beside the other."""
     epochs: list[Matrix] = []
     times = np.zeros(n, np.int64)

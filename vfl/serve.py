@@ -122,10 +122,11 @@ def run(
     """Everything at one party, over the network: align the rows of `source` afresh, then score on request. The label
     holder reads the descriptor `requests` and writes `output`. How many requests, or rows, were answered."""
     from vfl.job_input import prepare
+    from vfl.own_code import own_module
     from vfl.scoring import answer
     from vfl.task import load_share
 
-    model = load_share(share)
+    model = load_share(share, own_module(party))
     if model.agreement_ != party.agreement.digest.hex() or model.party_ != party.name:
         raise Refused(f"{share} was trained under another agreement or by another party; train again")
     if model.prepared_ is None:

@@ -23,6 +23,8 @@ from vfl.linear import VerticalLogisticRegression, VerticalPoissonRegressor, Ver
 from vfl.losses import Matrix, Vector
 from vfl.neural import VerticalMLPClassifier, VerticalMLPRegressor
 from vfl.neural_estimator import VerticalMLP
+from vfl.neural_share import NetworkShare
+from vfl.own_code import Own
 
 log = logging.getLogger("colonnade")
 LabelUse = Literal["binary", "classes", "numbers"]
@@ -94,6 +96,11 @@ def classes_of(place: str, column: str, words: NDArray[Any]) -> NDArray[Any]:
     return np.array([numbers[word] for word in words])
 
 
+def outputs_for(model: Model, label: NDArray[Any] | None) -> int:
+    """How many outputs a network has for these labels: one a class, or 1."""
+    return 1 if label is None or model.kind == "network regressor" else len(np.unique(label))
+
+
 def check_range(here: str, target: Any, agreed: float) -> None:
     """Refuse numbers whose residuals will exceed the agreed range, before anything is sent. Raises LocalError."""
     spread = float(np.abs(target - target.mean()).max())
@@ -157,12 +164,16 @@ def evaluate(
     return compare("multiclass", coded, scored, classes=names)
 
 
-def load_share(path: Path) -> VerticalLinearModel | VerticalMLP:
-    """The estimator whose share `save` wrote. Raises LocalError."""
+def load_share(path: Path, own: Own | None = None) -> VerticalLinearModel | VerticalMLP:
+    """The estimator whose share `save` wrote, with our own module where it was trained with one. Raises LocalError."""
     start = read_bytes(path, "the model share")[:200]
     if b'"colonnade_network"' not in start:
         return VerticalLinearModel.load(path)
-    return (VerticalMLPClassifier if b"VerticalMLPClassifier" in start else VerticalMLPRegressor).load(path)
+    kind = VerticalMLPClassifier if b"VerticalMLPClassifier" in start else VerticalMLPRegressor
+    share = NetworkShare.load(path)
+    if own is None and (share.own_top or share.own_bottom):
+        raise LocalError(f"{path} was trained with a module of our own: name it under [model] in our own file")
+    return kind.load(path, **({} if own is None else own.of_share(share)))
 
 
 def shown(model: VerticalLinearModel | VerticalMLP, found: Matrix | Vector) -> dict[str, NDArray[Any]]:

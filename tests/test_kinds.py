@@ -124,8 +124,11 @@ def test_a_network_whose_rows_travel_in_clear_where_all_consent(tmp_path, way):
     sent = [json.loads((tmp_path / "out" / name / "summary.json").read_text())["bytes_sent"] for name in held]
     kinds = {kind for one in sent for kinds in one.values() for kind in kinds}
     assert kinds & {one for _, one in IN_CLEAR.values()} == {message}
-    told = summary["leakage"]
-    assert not told if way == "side by side" else all(0.5 <= one["leak AUC"] <= 0.9 for one in told) and len(told) == 2
+    told = {(one["columns of"], one["reading"]): one for one in summary["leakage"]}
+    holders = ["grocer", "telco"] if way == "side by side" else ["grocer + telco"]
+    assert set(told) == {(name, epoch) for name in holders for epoch in (1, 2)}
+    assert {one["embeddings"] for one in told.values()} == {4, 8}
+    assert all((one["leak AUC"] is None) == (way == "side by side") for one in told.values())
 
 
 def test_rows_may_have_weights(tmp_path):

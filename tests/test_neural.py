@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from sklearn.linear_model import LinearRegression
 from sklearn.neural_network import MLPClassifier
 
 from parties.agreement import Agreement
@@ -391,6 +392,22 @@ def test_parties_with_other_parameters_or_clauses_stop_before_they_train():
     ended = train(parts, y, {}, own={"grocer": {"hidden_layer_sizes": (3,)}})
     assert isinstance(ended["grocer"], Refused)
     assert isinstance(ended["bank"], (Refused, PeerAborted))
+
+
+@pytest.mark.parametrize("merge", ["sum", "concatenation"])
+def test_the_meter_counts_embeddings_of_every_epoch_against_the_columns(merge):
+    parts, y = table(3)
+    params = {"hidden_layer_sizes": (2,), "batch_size": 40, "epochs": 3, "merge": merge}
+    whose = {"grocer + mill": 7} if merge == "sum" else {"grocer": 3, "mill": 4}
+    for model in train(parts, y, params).values():
+        assert [reading.disclosed for reading in model.readings_] == [dict.fromkeys(whose, 2 * n) for n in (1, 2, 3)]
+        assert all(reading.ranks == whose for reading in model.readings_)
+    whole = train(parts, y, params | {"batch_size": len(y), "epochs": 1})
+    first = [x @ initial((x.shape[1], 2), x.shape[1], Stream(name)) for name, x in list(parts.items())[1:]]
+    seen = sum(first) if merge == "sum" else np.hstack(first)
+    expected = np.sqrt(LinearRegression().fit(seen, y).score(seen, y))  # with weights that have not learnt yet
+    assert whole["bank"].readings_[0].correlation == pytest.approx(expected, abs=1e-6)
+    assert whole["grocer"].readings_[0].correlation is None
 
 
 # What goes wrong

@@ -80,7 +80,7 @@ class Deep:
         if not hasattr(module, "state_dict"):
             raise LocalError("in open mode the bottom is a torch.nn.Module, or None for a linear one")
         self.module = copy.deepcopy(module).double()
-        self._x, self._optimiser = load_torch().as_tensor(x), rule.over(self.module.parameters())
+        self._x, self._optimiser = load_torch().tensor(x), rule.over(self.module.parameters())
         self._embedded: Any = None
         try:
             fits = self.embed(np.arange(min(len(x), 2)), learning=False).shape[1:] == (width,)

@@ -39,14 +39,15 @@ class Meter:
 
     def __post_init__(self) -> None:
         if not self.separate:
-            self.ranks = {" + ".join(self.ranks): sum(self.ranks.values())}
+            self.ranks = {" + ".join(sorted(self.ranks)): sum(self.ranks.values())}
         self._times = np.zeros(self.rows, np.int32)
         self._disclosed, self._correlation = 0, None if self.y is None else 0.0
 
-    def embedded(self, values: Matrix, rows: NDArray[np.int64] | None = None) -> None:
-        """The label holder has embeddings (b, m), or sums of them, of these rows (None: of all)."""
+    def embedded(self, values: Matrix, rows: NDArray[np.int64] | None = None, width: int | None = None) -> None:
+        """The label holder has embeddings (b, m), or sums of them, of these rows (None: of all); side by side, `width`
+        of them from each feature holder."""
         place = slice(None) if rows is None else rows
-        self._times[place] += values.shape[1]
+        self._times[place] += values.shape[1] if width is None else width
         self._disclosed = max(self._disclosed, int(self._times[place].max(initial=0)))
         if self.y is not None:
             self._correlation = max(self._correlation or 0.0, label_correlation(values, self.y[place]))

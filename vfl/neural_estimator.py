@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vfl.encryption.paillier import SecretKey
 from vfl.exchange import LabelEnd, accept_key, offer_key
 from vfl.inputs import matrix, row_weights
 from vfl.losses import Matrix, Vector
+from vfl.meter import Meter
 from vfl.neural_plan import Clauses, check_consent, plan
 from vfl.neural_share import NetworkShare, plain
 from vfl.open_split import DEFENCES, Guard
@@ -73,8 +74,8 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
     Attributes:
         epochs_ (and n_iter_) that were trained; tensors_ our weights by name; terms_ how exchanges were encrypted
         (None: open); feature_names_in_; training_ the session's id in hex; course_ (label holder) losses and why
-        training stopped; alone_ (label holder) scikit-learn's linear model of its own columns; readings_ (label holder,
-        open) of the leak meter; classes_ (label holder, classifier).
+        training stopped; alone_ (label holder) scikit-learn's linear model of its own columns; readings_ of the
+        leak meter, an epoch each; classes_ (label holder, classifier).
     """
 
     epochs_: int
@@ -166,7 +167,6 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = self.epochs_
         self.converged_ = True  # a network has no optimum to reach
         self.gradient_norm_ = None
-        self.readings_ = getattr(self, "readings_", [])
         if y is not None and x.shape[1]:
             alone = Ridge() if isinstance(self, RegressorMixin) else LogisticRegression(max_iter=1000)
             self.alone_ = alone.fit(x, y, sample_weight=weights)
@@ -192,15 +192,20 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         shape = x.shape[1], block.stop - block.start
         bottom = Linear(x, initial(shape, x.shape[1], randomness), self._rule)
         top, hidden = self._top(merge.width, outputs, randomness), self._hidden(target)
-        schedule, setup = plan(session, type(self).__name__, self._plain_params(), clauses, self._width, x, names)
+        schedule, setup, ranks = plan(
+            session, type(self).__name__, self._plain_params(), clauses, self._width, x, names
+        )
         begin = start()
         exchange: LabelEnd | Guard
         if setup is None:
             exchange = Guard(self.defence, clauses.leak_limit, self.epochs, hidden, merge.width, randomness)
         else:
             exchange = offer_key(session, setup.terms, secret)
-        self.course_ = split.label_holder(session, bottom, top, target, weights, schedule, merge, exchange, begin)
-        self.readings_ = exchange.readings if isinstance(exchange, Guard) else []
+        meter = self._meter(session, ranks, len(x), target.astype(np.float64))
+        self.course_ = split.label_holder(
+            session, bottom, top, target, weights, schedule, merge, exchange, meter, begin
+        )
+        self.readings_ = meter.readings
         self.epochs_, self.tensors_ = len(self.course_.losses), bottom.tensors() | top.tensors()
         self.terms_ = None if setup is None else setup.terms
         if self.course_.stopped:
@@ -216,13 +221,21 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         randomness: Randomness,
     ) -> None:
         bottom = self._bottom(x, randomness)
-        schedule, setup = plan(session, type(self).__name__, self._plain_params(), clauses, self._width, x, names)
+        schedule, setup, ranks = plan(
+            session, type(self).__name__, self._plain_params(), clauses, self._width, x, names
+        )
         begin = start()
         end = None if setup is None else accept_key(session, setup.terms, setup.x)
         contribution, merge = Contribution(session), self._merged(session.agreement, names)
-        self.epochs_ = split.feature_holder(session, bottom, schedule, merge, contribution, end, begin)
+        meter = self._meter(session, ranks, len(x))
+        self.epochs_ = split.feature_holder(session, bottom, schedule, merge, contribution, end, meter, begin)
+        self.readings_ = meter.readings
         self.tensors_ = bottom.tensors()
         self.terms_ = None if setup is None else setup.terms
+
+    def _meter(self, session: Session, ranks: Mapping[str, int], rows: int, y: Vector | None = None) -> Meter:
+        agreement, separate = session.agreement, self.merge == "concatenation"
+        return Meter(ranks, rows, agreement.leakage, agreement.model.allow_reconstruction, y, separate)
 
     def _outputs(self, X: Any, session: Session) -> Matrix | None:
         """What the top makes of the rows, (n, outputs), at the label holder; None at a feature holder.

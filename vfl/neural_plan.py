@@ -72,9 +72,10 @@ def plan(
     width: int,
     x: NDArray[np.float64],
     names: list[str],
-) -> tuple[Schedule, Setup | None]:
-    """What happens when, and (encrypted) the terms of exchanges of this width; all parties agree on it. `params` are
-    the shared ones of an estimator of this kind.
+) -> tuple[Schedule, Setup | None, dict[str, int]]:
+    """What happens when, (encrypted) the terms of exchanges of this width, and how many independent columns each
+    feature holder has (open: columns); all parties agree on it. `params` are the shared ones of an estimator of this
+    kind.
 
     Without allow_reconstruction a row is embedded `width` times an epoch only while that stays below the rank of the
     feature holders' columns.
@@ -97,7 +98,8 @@ def plan(
     )
     compared, setup = {**params, **dataclasses.asdict(clauses)}, None
     if params["mode"] == "open":
-        agree(session, purpose, compared, x.reshape(len(x), math.prod(x.shape[1:])))
+        plans = agree(session, purpose, compared, x.reshape(len(x), math.prod(x.shape[1:])))
+        ranks = {name: one.columns for name, one in plans.items() if name != session.label_holder}
     else:
         setup = prepare(
             session,
@@ -124,7 +126,7 @@ def plan(
                 len(setup.batches) // wanted.an_epoch,
                 epochs,
             )
-        wanted = dataclasses.replace(wanted, batches=setup.batches)
+        wanted, ranks = dataclasses.replace(wanted, batches=setup.batches), setup.ranks
         finest = min(scales.residual_bits for scales in setup.terms.scales.values())
         if params["optimiser"] == "adam" and finest < ADAM_BITS:
             log.warning(
@@ -133,4 +135,4 @@ def plan(
                 finest,
                 ADAM_BITS,
             )
-    return wanted, setup
+    return wanted, setup, ranks

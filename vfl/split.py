@@ -21,6 +21,7 @@ from parties.session import Session
 from vfl.bottoms import Deep, Linear, Rows, Tensors
 from vfl.exchange import FeatureEnd, LabelEnd, open_gradients, weigh_gradient
 from vfl.losses import Matrix, Vector
+from vfl.meter import Meter
 from vfl.open_messages import OpenGradient, SeparateEmbedding
 from vfl.open_split import Guard, check_size, receive_rows, send_rows
 from vfl.resume import ANEW, Start, under, within
@@ -99,6 +100,7 @@ def label_holder(
     schedule: Schedule,
     merge: Merge,
     exchange: LabelEnd | Guard,
+    meter: Meter,
     start: Start = ANEW,
 ) -> Course:
     """Train our bottom and top in place on target (n,), rows weighted by weights (n,), while every feature holder
@@ -113,7 +115,9 @@ def label_holder(
     """
     ours, patience = merge.blocks[session.name], Patience(schedule.patience, schedule.tolerance)
     course, best, total, rows_seen = Course(validation=patience.losses), Tensors(), 0.0, 0
+    told, width = np.zeros((len(target), merge.width)), max(block.stop - block.start for block in merge.blocks.values())
     if start.exchanges:
+        meter.resume(start.arrays)
         bottom.resume(start.arrays)
         top.resume(start.arrays)
         if isinstance(exchange, Guard):
@@ -124,7 +128,10 @@ def label_holder(
         total, rows_seen = start.arrays["total"].tolist()
     for done, rows in list(enumerate(schedule.batches, start=1))[start.exchanges :]:
         step = schedule.step(done - 1)
-        merged = collect(session, merge, bottom.embed(rows), step)
+        embedded = bottom.embed(rows)
+        merged = collect(session, merge, embedded, step)
+        told[rows] = merged
+        told[rows, ours] -= embedded
         loss, residual = top.learn(merged, target[rows], weights[rows])
         check_finite(np.append(residual, loss), done - 1)
         _return(session, merge, exchange, residual, rows, step)
@@ -136,7 +143,10 @@ def label_holder(
             total, rows_seen = 0.0, 0
             held, better = schedule.validation, False
             if len(held):
-                merged = collect(session, merge, bottom.embed(held), step + 1)
+                embedded = bottom.embed(held)
+                merged = collect(session, merge, embedded, step + 1)
+                told[held] = merged
+                told[held, ours] -= embedded
                 loss = top.loss(merged, target[held], weights[held])
                 check_finite(np.array([loss]), done - 1)
                 if patience.should_stop(loss):
@@ -145,13 +155,16 @@ def label_holder(
             best = bottom.tensors() | top.tensors() if better else best
             if isinstance(exchange, Guard) and (halt := exchange.end_epoch()):
                 course.stopped = halt.reason
+            meter.embedded(told, width=width)
+            meter.read(width, exchange.readings[-1].leak_auc if isinstance(exchange, Guard) else None)
             session.broadcast(EpochEnd(schedule.step(done), better, bool(course.stopped)))
             if course.stopped:
                 break
         if start.due(done):
             state = bottom.state() | top.state() | (exchange.state() if isinstance(exchange, Guard) else {})
             seen = {"losses": np.array(course.losses), "validation": np.array(patience.losses)}
-            start.keep(done, state | under("best", best) | seen | {"total": np.array([total, rows_seen])})
+            seen |= {"total": np.array([total, rows_seen])} | meter.state
+            start.keep(done, state | under("best", best) | seen)
     if best:
         bottom.restore(best)
         top.restore(best)
@@ -187,6 +200,7 @@ def feature_holder(
     merge: Merge,
     contribution: Contribution,
     end: FeatureEnd | None,
+    meter: Meter,
     start: Start = ANEW,
 ) -> int:
     """Train our bottom in place, the mirror of `label_holder`; `end` is None in open mode. Returns the epochs.
@@ -198,8 +212,10 @@ def feature_holder(
         ProtocolViolation: a message of another step than is due. LocalError: the weights explode; names the step.
     """
     channel, block = session.channels[session.label_holder], merge.blocks[session.name]
+    width = block.stop - block.start
     done, best = start.exchanges, within("best", start.arrays)
     if start.exchanges:
+        meter.resume(start.arrays)
         bottom.resume(start.arrays)
     for done, rows in list(enumerate(schedule.batches, start=1))[start.exchanges :]:
         step = schedule.step(done - 1)
@@ -207,18 +223,20 @@ def feature_holder(
         if end is not None and isinstance(bottom, Linear):
             bottom.learn(weigh_gradient(end, step, rows) / len(rows))
         else:
-            bottom.back(rows, receive_rows(channel, OpenGradient, step, len(rows), block.stop - block.start))
+            bottom.back(rows, receive_rows(channel, OpenGradient, step, len(rows), width))
         session.advance(done, len(schedule.batches))
         if schedule.ends_epoch(done):
             held = schedule.validation
             if len(held):
                 contribute(session, merge, contribution, bottom.embed(held, learning=False), step + 1)
+            meter.embedded(np.empty((meter.rows, width)))
+            meter.read(width)
             told = verdict(channel, schedule.step(done))
             best = bottom.tensors() if told.better else best
             if told.stop:
                 break
         if start.due(done):
-            start.keep(done, bottom.state() | under("best", best))
+            start.keep(done, bottom.state() | under("best", best) | meter.state)
     if best:
         bottom.restore(best)
     return done // schedule.an_epoch

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from sklearn.datasets import load_diabetes, load_digits, load_wine
 from sklearn.linear_model import ElasticNet, LinearRegression, LogisticRegression, PoissonRegressor, Ridge
+from sklearn.metrics import mean_poisson_deviance
 
 from parties.errors import ColonnadeError, LocalError
 from parties.memory import outcomes
@@ -126,10 +127,17 @@ def test_linear_regression(make, oracle, widths):
     x, y = load_diabetes(return_X_y=True)
     parts = cut(x, *widths)
     ended = train(parts, y, make, residual_range=1024)
-    oracle.fit(np.hstack(list(parts.values())), y)
+    whole = np.hstack(list(parts.values()))
+    oracle.fit(whole, y)
     coef, intercept = joined(ended)
     assert np.abs(coef[0] - oracle.coef_).max() < 1e-3
     assert np.abs(intercept - oracle.intercept_).max() < 1e-3
+
+    def objective(w: np.ndarray, b: Any) -> float:
+        return float(((y - whole @ w - b) ** 2).sum() + getattr(oracle, "alpha", 0.0) * (w**2).sum())
+
+    best = objective(oracle.coef_, oracle.intercept_)
+    assert abs(objective(coef[0], intercept) - best) < 1e-6 * best
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
@@ -138,10 +146,17 @@ def test_poisson(alpha):
     parts = cut(x, 2, 3)
     ended = train(parts, y, lambda: VerticalPoissonRegressor(alpha=alpha), residual_range=64)
     oracle = PoissonRegressor(alpha=alpha, solver="newton-cholesky", tol=1e-12, max_iter=1000)
-    oracle.fit(np.hstack(list(parts.values())), y)
+    whole = np.hstack(list(parts.values()))
+    oracle.fit(whole, y)
     coef, intercept = joined(ended)
     assert np.abs(coef[0] - oracle.coef_).max() < 1e-3
     assert np.abs(intercept - oracle.intercept_).max() < 1e-3
+
+    def objective(w: np.ndarray, b: Any) -> float:
+        return mean_poisson_deviance(y, np.exp(whole @ w + b)) / 2 + alpha / 2 * float((w**2).sum())
+
+    best = objective(oracle.coef_, oracle.intercept_)
+    assert abs(objective(coef[0], intercept) - best) < 1e-6 * best
 
 
 @pytest.mark.parametrize("family", ["logistic", "ridge", "poisson"])

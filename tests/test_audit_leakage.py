@@ -34,6 +34,7 @@ from vfl.audit import (
     labels_case,
 )
 from vfl.audit_run import run as audit_run
+from vfl.console import out
 from vfl.leakage.suite import Limits
 from vfl.meter import Meter, reading_rows
 from vfl.rehearsal import Seen, rehearse, rehearse_alignment
@@ -297,6 +298,17 @@ def test_the_command_keeps_values_ids_and_labels_to_itself(world):
             assert "yes" not in text
         for attack in EXPLAINED:
             assert f"{attack}: we tried to" in shown
+
+
+def test_a_terminal_of_80_columns_shows_it_without_cutting_a_word(world, monkeypatch):
+    _, paths = world
+    monkeypatch.setattr(out, "width", 80)
+    shown = run(paths[GROCER], exchanges=3)
+    assert max(map(len, shown.splitlines()[:-1])) <= 80  # the last is the path of audit.json
+    table, words = shown[: shown.index("we tried to")].split(), " ".join(shown.split())
+    assert "…" not in shown
+    assert {"labels", "columns", "variance)", "placed", "above", "at", "most", "verdict", "n/a"} <= set(table)
+    assert all(text in words for one in EXPLAINED.values() for text in (one.tried, one.means, one.protects))
 
 
 def test_the_json_has_a_stable_schema(world):

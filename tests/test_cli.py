@@ -139,6 +139,15 @@ def test_check_shows_rows_and_costs_and_writes_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_check_cuts_nothing_on_a_terminal_of_80_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr("vfl.console.out.width", 80)
+    paths = build(tmp_path, customers(120))
+    code, out, _ = colonnade("check", paths["grocer"])
+    assert code == 0 and "…" not in out
+    assert {"108", "empty", "refused", "distinct", "letters"} <= set(re.findall(r"\w+", out))
+    assert all(len(line) == 80 for line in out.splitlines() if line.startswith(("│", "┃")))
+
+
 def test_check_says_plainly_what_one_feature_holder_gives_away(tmp_path):
     tables = customers(120)
     paths = build(tmp_path, {name: tables[name] for name in ("bank", "grocer")})

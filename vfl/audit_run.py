@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from parties.errors import LocalError, Refused
@@ -146,9 +147,7 @@ def _keys(ids: Identifiers) -> list[bytes]:
 
 def _show(party: Party, found: Audit) -> None:
     table = Table(title=f"{party.agreement.title}: audit at {party.name}", title_justify="left", box=SIMPLE)
-    table.add_column("attack", no_wrap=True)
-    for title in ("on", "metric"):
-        table.add_column(title, overflow="fold")
+    table.add_column("attack, on what")
     for title in ("value", "without", "at most"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -156,19 +155,20 @@ def _show(party: Party, found: Audit) -> None:
         figures = ("" if value is None else f"{value:.3f}" for value in (one.value, one.baseline, one.threshold))
         shown = "n/a" if one.reason else one.verdict
         verdict = f"[{COLOURS[one.verdict]}]{shown}[/]"
-        table.add_row(one.attack, one.on, one.metric, *figures, verdict)
+        what = f"{one.attack}, {one.on}" + (f" ({one.metric})" if one.metric else "")
+        table.add_row(escape(what), *figures, verdict)
     out.print(table)
     for one in {one.attack: one for one in found.verdicts}.values():
         words = one.explained
         why = f" Not applicable because {one.reason}." if one.reason else ""
         out.print(
             f"{one.attack}: we tried to {words.tried}. If it works, {words.means}. Protection: {words.protects}.{why}",
-            soft_wrap=True,
             highlight=False,
             markup=False,
+            end="\n\n",
         )
-    out.print(f"rehearsed on {found.rows:,} rows: {found.note}", soft_wrap=True, highlight=False, markup=False)
+    out.print(f"rehearsed on {found.rows:,} rows: {found.note}", highlight=False, markup=False)
     told = f"{found.embeddings} embeddings of the same rows in {found.exchanges} exchanges"
     if found.harmless is not None:
         told += f"; up to {found.harmless} keep the columns below the threshold"
-    out.print(told, soft_wrap=True, highlight=False)
+    out.print(told, highlight=False)

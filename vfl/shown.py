@@ -23,14 +23,20 @@ def show_ids(party: Party, table: DataTable) -> None:
     identifiers = party.agreement.identifiers
     columns = {name: table.ids[column] for name, column in party.id_columns.items()}
     found = survey(columns, identifiers, party.id_columns)
-    shown = Table(title=f"Ids in {table.source}: {found.rows:,} rows", title_justify="left")
-    for title in ("column", "rule"):
-        shown.add_column(title)
-    for title in ("empty", "refused", "changed by the rule", "distinct", "digits only", "with letters"):
-        shown.add_column(title, justify="right")
+    shown = Table(title=f"Ids in {escape(str(table.source))}: {found.rows:,} rows", title_justify="left")
+    shown.add_column("column")
+    shown.add_column("rule")
+    shown.add_column("values")
     for one in found.fields:
-        numbers = (one.empty, one.refused, one.changed, one.distinct, one.digits_only, one.with_letters)
-        shown.add_row(escape(one.column), one.rule, *(f"{number:,}" for number in numbers))
+        told = {
+            "empty": one.empty,
+            "refused": one.refused,
+            "changed by the rule": one.changed,
+            "distinct": one.distinct,
+            "digits only": one.digits_only,
+            "with letters": one.with_letters,
+        }
+        shown.add_row(escape(one.column), one.rule, ", ".join(f"{number:,} {what}" for what, number in told.items()))
     out.print(shown)
     for key in found.keys:
         out.print(

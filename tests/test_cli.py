@@ -148,6 +148,35 @@ def test_check_cuts_nothing_on_a_terminal_of_80_columns(tmp_path, monkeypatch):
     assert all(len(line) == 80 for line in out.splitlines() if line.startswith(("│", "┃")))
 
 
+def test_check_tells_how_far_training_may_go_why_and_what_raises_it(tmp_path):
+    tables = customers(120)
+    paths = build(tmp_path, {name: tables[name] for name in ("bank", "grocer")})
+    agreement = tmp_path / "agreement.toml"
+
+    def told(name: str) -> str:
+        return " ".join(colonnade("check", paths[name])[1].replace("│", " ").split())
+
+    assert "at most 2 of the 100 in [model]" in told("grocer") and "grocer 2 (ours)" in told("grocer")
+    assert "allow_reconstruction = true in [model] allow more" in told("grocer")
+    assert "a guess: the agreement has none" in told("bank")
+    text = agreement.read_text().replace('role = "feature holder"', 'role = "feature holder"\ncolumns = 7')
+    agreement.write_text(text)
+    assert "at most 7 of the 100" in told("bank") and "grocer 7 at most, as agreed" in told("bank")
+    agreement.write_text(text.replace("[model]", "[model]\nallow_reconstruction = true\nmax_exchanges = 30"))
+    assert "at most 30, by max_exchanges in [model]" in told("bank")
+
+
+def test_what_is_predicted_is_said_of_all_parties_with_what_it_assumes(tmp_path):
+    tables = customers(120)
+    paths = build(tmp_path, {name: tables[name].iloc[:100] for name in tables})
+    agreement = tmp_path / "agreement.toml"
+    agreement.write_text(agreement.read_text().replace('"feature holder"', '"feature holder"\ncolumns = 2'))
+    shown = [" ".join(colonnade("check", path)[1].replace("│", " ").split()) for path in paths.values()]
+    amounts = [re.findall(r"s(?: of one core each)?, ([\d.]+ [kM]?B)", one) for one in shown]
+    assert len(amounts[0]) == 4 and amounts == [amounts[0]] * 3  # every party has the agreed columns, and equal rows
+    assert all("100 rows at every party" in one for one in shown)
+
+
 def test_check_says_plainly_what_one_feature_holder_gives_away(tmp_path):
     tables = customers(120)
     paths = build(tmp_path, {name: tables[name] for name in ("bank", "grocer")})
@@ -293,6 +322,8 @@ def test_one_feature_holder_stops_in_time_and_says_why(tmp_path):
     for name in ("bank", "grocer"):
         summary = json.loads((tmp_path / "out" / name / "summary.json").read_text())
         assert summary["exchanges"] == 2 and not summary["converged"]  # the grocer has two columns
+        assert "use it if its figures suffice" in summary["notes"][-1]
+        assert "allow_reconstruction = true in [model]" in summary["notes"][-1]
         assert "rebuild these columns" in summary["notes"][0]
         assert "training stopped after 2 exchanges" in errors[name]
 

@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from parties.errors import LocalError, Refused
 from parties.files import make_folder, write_json
@@ -154,9 +154,9 @@ def _show(party: Party, found: Audit) -> None:
     for one in found.verdicts:
         figures = ("" if value is None else f"{value:.3f}" for value in (one.value, one.baseline, one.threshold))
         shown = "n/a" if one.reason else one.verdict
-        verdict = f"[{COLOURS[one.verdict]}]{shown}[/]"
+        verdict = Text(shown, COLOURS[one.verdict])
         what = f"{one.attack}, {one.on}" + (f" ({one.metric})" if one.metric else "")
-        table.add_row(escape(what), *figures, verdict)
+        table.add_row(what, *figures, verdict)
     out.print(table)
     for one in {one.attack: one for one in found.verdicts}.values():
         words = one.explained
@@ -164,10 +164,9 @@ def _show(party: Party, found: Audit) -> None:
         out.print(
             f"{one.attack}: we tried to {words.tried}. If it works, {words.means}. Protection: {words.protects}.{why}",
             highlight=False,
-            markup=False,
             end="\n\n",
         )
-    out.print(f"rehearsed on {found.rows:,} rows: {found.note}", highlight=False, markup=False)
+    out.print(f"rehearsed on {found.rows:,} rows: {found.note}", highlight=False)
     told = f"{found.embeddings} embeddings of the same rows in {found.exchanges} exchanges"
     if found.harmless is not None:
         told += f"; up to {found.harmless} keep the columns below the threshold"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from parties.agreement import Agreement
 from parties.errors import ColonnadeError, LocalError, Refused
@@ -128,7 +128,7 @@ def check(path: PartyPath) -> None:
 
         ours = job_input.prepare(party, look=lambda table: show_ids(party, table))
         prepared: Prepared = ours
-        cost = estimate(agreement, len(ours.ids), len(ours.fitted.names))
+        cost = estimate(agreement, party.name, len(ours.ids), len(ours.fitted.names))
     else:
         prepared = prepare(party, look=lambda table: show_ids(party, table))
     counts, table = prepared.ids.counts, Table(title=f"{agreement.title}: {party.name}", show_header=False)
@@ -361,7 +361,7 @@ def _show(check: Check, tally: Counter[str]) -> None:
     tally[check.status] += 1
     text = check.name + (f"  ({check.detail})" if check.detail else "")
     plain = "".join(one if one.isprintable() else "?" for one in text)
-    out.print(f"[{COLOURS[check.status]}]{check.status:<7}[/] {escape(plain)}", soft_wrap=True, highlight=False)
+    out.print(Text(f"{check.status:<7}", COLOURS[check.status]), plain, soft_wrap=True, highlight=False)
 
 
 @contextmanager
@@ -371,15 +371,13 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except ColonnadeError as error:
         phase = getattr(error, "phase", "")
-        err.print(f"colonnade: {error}{f' (during: {phase})' if phase else ''}", markup=False)
+        err.print(f"colonnade: {error}{f' (during: {phase})' if phase else ''}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        err.print("colonnade: interrupted; the other parties have been told", markup=False)
+        err.print("colonnade: interrupted; the other parties have been told")
         sys.exit(130)
     except Exception as error:
-        err.print(
-            f"colonnade: internal error {type(error).__name__} at {frames(error)[0]}; please report it", markup=False
-        )
+        err.print(f"colonnade: internal error {type(error).__name__} at {frames(error)[0]}; please report it")
         sys.exit(1)
 
 

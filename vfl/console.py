@@ -29,8 +29,8 @@ from parties.errors import ColonnadeError, LocalError
 PLAIN_EVERY = 5.0  # seconds between two plain lines
 EVENTS_EVERY = 0.2
 
-out = Console()
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(markup=False, emoji=False)  # texts of agreements, tables and peers are shown as they are
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class Watcher:

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -75,7 +76,7 @@ def run_demo(folder: Path, key_bits: int = 3072, scheme: str = "paillier") -> di
     if any(codes.values()):
         for name, lines in errors.items():
             for line in lines:
-                err.print(f"{name}: {line}", markup=False)
+                err.print(f"{name}: {line}")
         raise _failure(codes)
     summary = compare(folder, tables) | {"seconds": round(time.perf_counter() - start, 2)}
     write_json(folder / "summary.json", summary)
@@ -249,7 +250,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     table.add_row("rows", f"{held}; in common {summary['intersection']}")
     table.add_row("train / test", f"{summary['rows_train']} / {summary['rows_test']}")
     table.add_row("AUC, label holder alone", f"{summary['auc_label_holder_alone']:.4f}")
-    table.add_row("AUC, joint model", f"[bold]{summary['auc_joint']:.4f}[/bold]")
+    table.add_row("AUC, joint model", Text(f"{summary['auc_joint']:.4f}", "bold"))
     table.add_row("AUC, centralised scikit-learn", f"{summary['auc_centralised']:.4f}")
     table.add_row("largest coefficient difference", f"{summary['max_abs_coef_difference']:.1e}")
     table.add_row("relative objective gap", f"{summary['relative_objective_gap']:.1e}")

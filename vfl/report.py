@@ -14,6 +14,7 @@ import pyarrow as pa
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from parties.agreement import Agreement
 from parties.errors import LocalError
@@ -108,7 +109,7 @@ def summarise(party: Party, outcome: Outcome, warnings: Sequence[str]) -> dict[s
         "bytes_sent": outcome.bytes_sent,
         "bytes_by_phase": outcome.bytes_by_phase,
         "leakage": reading_rows(getattr(outcome.model, "readings_", [])),
-        "notes": [*notes(agreement), *warnings],
+        "notes": [*notes(agreement), *warnings, *([] if outcome.model.converged_ else [remedy(agreement)])],
     }
     if outcome.information:
         summary["information"] = outcome.information["values"]
@@ -166,6 +167,20 @@ def notes(agreement: Agreement) -> list[str]:
     return [*counted, f"{SINGLE_HOLDER} {'The agreement allows to go beyond.' if allowed else 'Training stops there.'}"]
 
 
+def remedy(agreement: Agreement) -> str:
+    """What can be done when training stopped before the optimum."""
+    further = "a larger max_exchanges, epochs or tolerance in [model]"
+    if not agreement.model.allow_reconstruction:
+        further = (
+            "more independent columns or another feature holder, which allow more exchanges and disclose no column; "
+            f"allow_reconstruction = true in [model], after reading what that discloses; or {further}"
+        )
+    return (
+        "What you can do: the model is whole, so use it if its figures suffice. For the optimum agree on one of these, "
+        f"sign and run again: {further}"
+    )
+
+
 def closing_table(summary: dict[str, Any]) -> Table:
     """One party's run at a glance."""
     table = Table(
@@ -192,7 +207,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     for peer, kinds in summary["bytes_sent"].items():
         table.add_row(f"sent to {peer}", f"{decimal(sum(kinds.values()))}")
     for text in summary["notes"]:
-        table.add_row("[bold]note[/bold]", text)
+        table.add_row(Text("note", "bold"), text)
     return table
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from parties.files import write_json, write_whole
 from parties.horizontal import Horizontal
@@ -202,7 +203,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     for peer, kinds in list(summary["bytes_sent"].items())[:5]:
         table.add_row(f"sent to {peer}", decimal(sum(kinds.values())))
     for text in summary["notes"]:
-        table.add_row("[bold]note[/bold]", text)
+        table.add_row(Text("note", "bold"), text)
     return table
 
 

@@ -136,7 +136,7 @@ class Faults:
         counts[2] += int(np.isinf(array).sum())
         return plain
 
-    def check(self, place: str, gaps: Collection[str] = ()) -> None:
+    def check(self, place: str, remedy: str, gaps: Collection[str] = ()) -> None:
         """Raises LocalError that lists every column with its counts; in those of `gaps` values may be missing."""
         words = ("missing", "not numbers", "infinite")
         found = [
@@ -146,9 +146,7 @@ class Faults:
             if count and not (word == "missing" and name in gaps)
         ]
         if found:
-            raise LocalError(
-                f"{place}: features with unusable values: {'; '.join(found)}; fill, encode ([prepare]) or drop them"
-            )
+            raise LocalError(f"{place}: features with unusable values: {'; '.join(found)}; {remedy}")
 
 
 def _floats(column: pa.Array) -> tuple[pa.Array, int | None]:

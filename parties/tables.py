@@ -168,7 +168,8 @@ def read_table(
     pa.default_memory_pool().release_unused()
     if table.num_rows < least:
         raise LocalError(f"{place} has no rows")
-    faults.check(place, gaps)
+    remedy = "fill, encode ([prepare]) or drop them" if ids else "fill them in the table, or drop these rows"
+    faults.check(place, remedy, gaps)  # without ids it is a horizontal job, which prepares nothing
     truth = None
     if label:
         one = check_label(place, label, table.column(label), positive)

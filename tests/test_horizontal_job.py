@@ -31,7 +31,7 @@ from parties.party_file import Party
 from parties.session import Session
 from tests.conftest import IDENTITIES, NAMES
 from tests.world import colonnade, free_ports, together
-from vfl.horizontal import job
+from vfl.horizontal import job, report
 from vfl.horizontal.newton import Exact
 from vfl.horizontal.settings import Job, Schema
 from vfl.horizontal.share import HorizontalModel
@@ -200,6 +200,17 @@ def test_the_report_tells_how_every_client_fares_before_and_after(finished: Any)
     assert page.count("<svg") == 2 and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     own = summary(folder, "site1")
     assert own["evaluation"].keys() == {"site1"} and own["rows"] == 30
+
+
+@pytest.mark.parametrize(("fraction", "rows"), [(0.0, "all rows"), (0.25, "the rows kept from training")])
+def test_the_report_says_over_which_rows_a_loss_is(finished: Any, fraction: float, rows: str) -> None:
+    folder, _, _ = finished
+    agreement = Agreement.load(folder / "agreement.toml")
+    found = summary(folder, "lead") | {"test_fraction": fraction}
+    page = report.render(found, agreement.horizontal)
+    assert page.count(f"with which each round began, over {rows}.") == 2
+    assert ("on the rows kept from training" in page) == bool(fraction)
+    assert any("held-out" in title for title, _ in report.training_rows(found)) == bool(fraction)
 
 
 def test_ledgers_are_signed_and_say_who_countersigned(finished: Any) -> None:
@@ -420,7 +431,8 @@ def test_a_table_that_differs_is_refused_before_anything_is_sent(fault: str, tmp
     table = pd.read_csv(tmp_path / "site0.csv")
     change(table).to_csv(tmp_path / "site0.csv", index=False)
     for command in ("check", "sign", "run"):
-        assert named in said(2, command, paths["site0"])
+        error = said(2, command, paths["site0"])
+        assert named in error and "prepare" not in error  # there is none in a horizontal job
     assert not list((tmp_path / "out").glob("*/ledger.jsonl"))
 
 

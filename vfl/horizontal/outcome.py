@@ -16,8 +16,8 @@ NO_SCORE = Score(0)
 
 @dataclass(frozen=True)
 class Round:
-    """loss, accuracy: over all rows, of the weights that the round began with; NaN where nobody tells. bytes: of the
-    clients' numbers; saved: so many fewer than without compression."""
+    """loss, accuracy: of the weights that the round began with, over all rows or those kept from training; NaN where
+    nobody tells. bytes: of the clients' numbers; saved: so many fewer than without compression."""
 
     number: int
     loss: float

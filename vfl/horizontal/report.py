@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,10 @@ from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.share import HorizontalModel
 from vfl.pages import BOTTOM, LEFT, PAGES, RIGHT, TOP, Chart, Plot
 
-CURVES = {
-    "loss": Plot(
-        "loss", "Loss", "Of the model with which each round began, over all rows.", "round", "mean loss", "", ()
-    ),
+CURVES = {  # {} says over which rows
+    "loss": Plot("loss", "Loss", "Of the model with which each round began, over {}.", "round", "mean loss", "", ()),
     "accuracy": Plot(
-        "accuracy", "Accuracy", "Of the model with which each round began, over all rows.", "round", "accuracy", "", ()
+        "accuracy", "Accuracy", "Of the model with which each round began, over {}.", "round", "accuracy", "", ()
     ),
 }
 FRAME = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
@@ -68,7 +67,6 @@ def summarise(party: Party, finished: Finished, warnings: Sequence[str]) -> dict
         "rows": None if finished.data is None else len(finished.data.y),
         "columns": list(columns.features),
         "complete": _complete(outcome, finished.missing),
-        "test_fraction": plan.test_fraction,
         **training(plan, outcome),
         "epsilon": _epsilon(party, plan, finished),
         "seconds": finished.seconds,
@@ -92,6 +90,7 @@ def training(plan: Horizontal, outcome: Outcome) -> dict[str, Any]:
     return {
         "model": plan.model,
         "strategy": plan.strategy,
+        "test_fraction": plan.test_fraction,
         "secure_aggregation": plan.secure_aggregation,
         "progress": facts["rounds"],
         "evaluation": facts["clients"],
@@ -116,6 +115,7 @@ def render(summary: dict[str, Any], plan: Horizontal) -> str:
             gap["rounds"].append(one["number"])
     for gap in gaps.values():
         gap["rounds"] = ", ".join(map(str, gap["rounds"]))
+    rows = "the rows kept from training" if summary["test_fraction"] else "all rows"
     sent = sum(sum(kinds.values()) for kinds in summary["bytes_sent"].values())
     per_round = [one["seconds"] for one in progress]
     cost = [
@@ -132,7 +132,7 @@ def render(summary: dict[str, Any], plan: Horizontal) -> str:
         rounds=progress,
         last=progress[-1] if progress else None,
         clients=summary["evaluation"],
-        charts=[one for one in (_chart(key, {"": progress}) for key in CURVES) if one is not None],
+        charts=[one for one in (_chart(key, {"": progress}, rows) for key in CURVES) if one is not None],
         frame=FRAME,
         gaps=gaps,
         protection=[*protection(plan), *_spent(summary)],
@@ -163,13 +163,14 @@ def _spent(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [("Privacy spent by us", text)]
 
 
-def _chart(key: str, runs: dict[str, Sequence[dict[str, Any]]]) -> Chart | None:
+def _chart(key: str, runs: dict[str, Sequence[dict[str, Any]]], rows: str) -> Chart | None:
     curves = {
         name: [(float(one["number"]), float(one[key])) for one in rounds if one[key] is not None]
         for name, rounds in runs.items()
     }
     curves = {name: curve for name, curve in curves.items() if curve}
-    return Chart.of(CURVES[key], curves) if curves else None
+    plot = replace(CURVES[key], meaning=CURVES[key].meaning.format(rows))
+    return Chart.of(plot, curves) if curves else None
 
 
 def write_curves(path: Path, runs: dict[str, Sequence[dict[str, Any]]], key: str = "loss") -> bool:
@@ -177,7 +178,7 @@ def write_curves(path: Path, runs: dict[str, Sequence[dict[str, Any]]], key: str
 
     False when no round has this figure; then nothing is written.
     """
-    chart = _chart(key, runs)
+    chart = _chart(key, runs, "its rows")  # a picture has no caption
     if chart is None:
         return False
     colours = "".join(f".line{n}{{stroke:{_COLOURS[n % len(_COLOURS)]}}}" for n in range(len(chart.lines)))
@@ -214,11 +215,12 @@ def training_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     before = f", {earlier} of them before this start" if earlier else ""
     rows = [("training", f"{summary['model']}, {summary['strategy']}, {earlier + len(progress)} rounds{before}")]
     known = [one["loss"] for one in progress if one["loss"] is not None]
+    which = "held-out rows" if summary["test_fraction"] else "rows"
     if known:
-        rows.append(("mean loss", f"{known[0]:.4f} at first, {known[-1]:.4f} in the last round"))
+        rows.append((f"mean loss, all {which}", f"{known[0]:.4f} at first, {known[-1]:.4f} in the last round"))
     own = evaluation.get(summary.get("party", ""))
     if own and own["after"]["loss"] is not None and own["before"]["loss"] is not None:
-        rows.append(("loss on our rows", f"{own['before']['loss']:.4f} before, {own['after']['loss']:.4f} after"))
+        rows.append((f"loss, our {which}", f"{own['before']['loss']:.4f} before, {own['after']['loss']:.4f} after"))
     if summary["worst"] and len(evaluation) > 1:
         worst, spread = evaluation[summary["worst"]]["after"]["loss"], summary["spread"] or 0.0
         rows.append(("served worst", f"{summary['worst']}: loss {worst:.4f}; {spread:.4f} from best to worst"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,12 +17,12 @@ import msgspec
 from msgspec import Meta
 
 from parties.errors import LocalError, Refused
-from parties.files import read_bytes
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity, check_name
 from parties.information import InformationValue
 from parties.leakage import Leakage
 from parties.network import Network
+from parties.parsing import parse_toml
 from parties.search import Search
 
 Positive = Annotated[float, Meta(gt=0)]
@@ -371,26 +370,3 @@ def differences(ours: Agreement, theirs: bytes) -> list[tuple[str, Any, Any]]:
         for path in sorted(left.keys() | right.keys())
         if left.get(path) != right.get(path)
     ]
-
-
-def parse_toml(path: Path, type: Any, what: str) -> Any:
-    """A TOML file as `type`. Raises LocalError that names the file and the field."""
-    return _parse(path, what, lambda data: msgspec.toml.decode(data, type=type), "TOML")
-
-
-def parse_json(path: Path, type: Any, what: str) -> Any:
-    """A JSON file as `type`. Raises LocalError that names the file and the field."""
-    return _parse(path, what, lambda data: msgspec.json.decode(data, type=type), "JSON")
-
-
-def _parse(path: Path, what: str, decode: Callable[[bytes], Any], form: str) -> Any:
-    data = read_bytes(path, what)
-    try:
-        return decode(data)
-    except msgspec.ValidationError as error:
-        text = str(error).replace("$.", "").replace("`", "'")
-        raise LocalError(f"{path}: {text}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise LocalError(f"{path} is not valid {form}: {error}") from None
-    except RecursionError:
-        raise LocalError(f"{path} is not valid {form}: it is nested too deeply") from None

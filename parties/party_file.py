@@ -10,10 +10,11 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta
 
-from parties.agreement import Agreement, Result, parse_json, parse_toml
+from parties.agreement import Agreement, Result
 from parties.errors import LocalError, Refused
 from parties.files import read_bytes, write_whole
 from parties.identity import Identity, PublicIdentity
+from parties.parsing import parse_json, parse_toml
 from parties.preparation import Preparation
 from parties.tables import Source
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from parties.agreement import parse_json
 from parties.errors import LocalError, Refused
 from parties.files import Scratch, set_aside, write_whole
+from parties.parsing import parse_json
 from parties.party_file import Party
 from parties.sealing import seal
 from parties.session import Progress, Session, open_session

@@ -18,10 +18,11 @@ from typing import Any
 
 import msgspec
 
-from parties.agreement import Agreement, parse_json
+from parties.agreement import Agreement
 from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity, check_name
+from parties.parsing import parse_json
 from psi.align import least_rows
 from psi.commitment import input_root
 from psi.exchange import TO_HUB, Flow, Way, What, judge_of

@@ -696,6 +696,28 @@ FIELD_ERRORS = {
 }
 
 
+MISSPELT = {
+    "[modle]\nC = 1.0": "did you mean 'model'?",
+    '[model]\nsolvr = "sgd"': "did you mean 'solver'?",
+    '[model]\nsolver = "subspac"': "did you mean 'subspace'?",
+    '[[parties]]\nname = "bank"\nrole = "label hodler"\n[[parties]]\nname = "b"': "did you mean 'label holder'?",
+    "[encryption]\nkey_bits = 1024": "allowed are '2048', '3072', '4096'",
+    "[job]\nzzz = 1": "allowed are 'mode', 'coordinator_trains'",
+    "[search.grid]\nalfa = [1.0]": "did you mean 'alpha'?",
+    "title = 3": "write it in quotes",
+    '[model]\nC = "1.0"': "write it without quotes",
+    'title = "A"': "missing required field 'purpose'; add it",
+}
+
+
+@pytest.mark.parametrize("text", MISSPELT)
+def test_what_is_misspelt_in_an_agreement_is_said_with_what_may_stand_there(text: str, tmp_path: Path) -> None:
+    (tmp_path / "agreement.toml").write_text(text)
+    with pytest.raises(LocalError) as error:
+        Agreement.load(tmp_path / "agreement.toml")
+    assert str(error.value).endswith(MISSPELT[text])
+
+
 @pytest.mark.parametrize("what", FIELD_ERRORS)
 def test_a_bad_agreement_is_refused_with_file_and_field(what: str, tmp_path: Path) -> None:
     text, match = FIELD_ERRORS[what]
@@ -1001,7 +1023,9 @@ def test_a_laxer_policy_changes_nothing(folder: Path) -> None:
     ("change", "text"),
     [
         ({"name": "grocer"}, "the label holder, and nobody else"),
-        ({"more": "[policy]\nfrobid = []\n"}, "unknown field 'frobid'"),
+        ({"more": "[policy]\nfrobid = []\n"}, "unknown field 'frobid'.*did you mean 'forbid'"),
+        ({"more": '[prepare.numbers.x]\nmissing = "med"\n'}, "did you mean 'median'"),
+        ({"more": "[prepare.categories.x]\nvalus = []\n"}, "did you mean 'values'"),
         ({"more": '[policy]\nforbid = ["control"]\n'}, "policy.forbid"),
         ({"more": "[policy]\nminimum_intersection = -1\n"}, "policy.minimum_intersection"),
         ({"more": 'separator = ";;"\n'}, "table.separator"),

@@ -17,8 +17,8 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import KBinsDiscretizer, OneHotEncoder, StandardScaler
 
-from parties.agreement import parse_json
 from parties.errors import LocalError
+from parties.parsing import parse_json
 from parties.preparation import Preparation
 from vfl.preparation import FittedColumns, fit
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from parties.agreement import parse_json
 from parties.errors import LocalError
 from parties.files import write_whole
+from parties.parsing import parse_json
 from vfl.bottoms import Tensors
 from vfl.preparation import FittedColumns
 

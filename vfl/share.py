@@ -9,9 +9,9 @@ from typing import Literal
 
 import msgspec
 
-from parties.agreement import parse_json
 from parties.errors import LocalError
 from parties.files import write_whole
+from parties.parsing import parse_json
 from vfl.preparation import FittedColumns
 
 

@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from parties.agreement import Columns, parse_toml
+from parties.agreement import Columns
 from parties.errors import LocalError
 from parties.files import write_json
 from parties.horizontal import Horizontal
+from parties.parsing import parse_toml
 from parties.session import Progress
 from parties.tables import Source
 from parties.workers import Workers

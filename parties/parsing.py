@@ -62,6 +62,8 @@ def _cure(text: str, whole: inspect.Type) -> str:
         expected, got = ("number" if one in NUMBERS else one for one in kinds.groups())
         cure = CURES.get((expected, got))
         return f"; {cure}" if cure else ""
+    if text.startswith("Expected `str` of length >= 1 "):
+        return "; it is empty: fill it in"
     return "; add it" if text.startswith("Object missing required field") else ""
 
 

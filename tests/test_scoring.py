@@ -33,7 +33,7 @@ from vfl.messages import MaskedEmbedding, PartialEmbedding
 from vfl.preparation import fit
 from vfl.scoring import answer, serve
 from vfl.scoring_messages import ROWS, ScoreRequest
-from vfl.serve import _lines
+from vfl.serve import _in_words, _lines
 from vfl.serve import serve as command
 
 N = 40
@@ -329,6 +329,14 @@ class Running:
 def ask(running: Running, *requests: list[str]) -> None:
     with running.requests.open("a") as file:
         file.writelines(json.dumps(one) + "\n" for one in requests)
+
+
+def test_progress_speaks_of_rows_asked_for_so_far_and_not_of_an_unfinished_task():
+    heard: list[tuple[str, int, int]] = []
+    show = _in_words(lambda *told: heard.append(told))
+    show("align", 5, 5)
+    show("serve", 2, 10)
+    assert heard == [("align", 5, 5), ("common rows asked for so far", 2, 10)]
 
 
 def test_requests_of_a_file_are_answered_in_order_and_then_all_end(world):

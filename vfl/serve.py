@@ -101,11 +101,17 @@ def serve(
     ):
         if not events:
             out.print(f"{party.name}: waiting for the others", soft_wrap=True)
-        answered = run(party, source, share, watcher, log.warning, requests, output_file, follow, maximum_rows)
+        shown = _in_words(watcher)
+        answered = run(party, source, share, shown, log.warning, requests, output_file, follow, maximum_rows)
         log.info("%d %s answered", answered, "requests" if party.is_label_holder else "rows")
     if not events:
         where = f"requests answered in {output_file}" if output_file else "of our rows answered for the label holder"
         out.print(f"{answered:,} {where}", soft_wrap=True)
+
+
+def _in_words(watcher: Watcher) -> Progress:
+    """A session ends when the requests do, not when every common row was asked for: no bar is to look unfinished."""
+    return lambda phase, *count: watcher("common rows asked for so far" if phase == "serve" else phase, *count)
 
 
 def run(

@@ -99,10 +99,10 @@ def take_part(
     the checkpoint; agreement: the digest that it is bound to. budget: charged for the noise that we add.
 
     Reveals:
-        To the coordinator: what our table looks like, our loss and accuracy before and after training (not under
-        privacy), when we are ready, and the largest of our numbers up to a power of 2^8, above 2^24. Of our update
-        with secure aggregation what the sum tells, without it the update itself. Our number of rows only as part of a
-        sum, unless clients are chosen by their rows.
+        To the coordinator: what our table looks like, our loss and accuracy before and after training and over how
+        many rows, hence about how many we have (not under privacy), when we are ready, and the largest of our numbers
+        up to a power of 2^8, above 2^24. Of our update with secure aggregation what the sum tells, without it the
+        update itself. Under privacy our number of rows only where clients are chosen by it.
         A coordinator that deviates chooses the weights that all clients of a sum are asked about, and within the bounds
         of the quorum who they are: of consecutive rounds at the same weights it learns our part by difference. Of each
         round we open one sum; of rounds, scores and the sums before training we answer no more than was agreed, also

@@ -61,9 +61,9 @@ def coordinate(
 
     Reveals:
         To us: what every table looks like, which clients answer and how fast, every client's loss and accuracy before
-        and after (not under privacy), and the sum of each round: its weights follow from it. With secure aggregation
-        nothing else of an update but its largest number up to a power of 2^8, and that only above 2^24; without it,
-        each client's update. With leave_one_out also how the others score without each client.
+        and after and over how many rows (not under privacy), and the sum of each round: its weights follow from it.
+        With secure aggregation nothing else of an update but its largest number up to a power of 2^8, and that only
+        above 2^24; without it, each client's update. With leave_one_out also how the others score without each client.
         To every client: the weights of each round, the number of clients and of rows in all, and who is in each sum.
     Raises:
         Refused: the number of clients or a table does not go with what was agreed; the text says which and how.

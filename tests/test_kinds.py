@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -162,3 +163,10 @@ def test_what_each_feature_holder_brings_is_measured_where_all_consent(tmp_path)
     figures = json.loads((tmp_path / "out" / "bank" / "summary.json").read_text())["metrics"]
     assert set(figures) == {"joint", "alone", "without grocer", "without telco"}
     assert figures["joint"]["auc"] > figures["without grocer"]["auc"] + 0.1  # its columns weigh most
+    page = (tmp_path / "out" / "bank" / "report.html").read_text()
+    heads = re.search(r"<th[^>]*>Joint</th>(<th[^>]*>Without \w+</th>)+</tr>", page)
+    assert heads and re.findall(r"Without (\w+)", heads[0]) == ["grocer", "telco"]
+    told = re.findall(r'<td class="n">([\d.]+)<span', page[heads.end() :])[:2]  # the first figure is the AUC
+    assert [float(one) for one in told] == pytest.approx(
+        [figures[f"without {name}"]["auc"] for name in ("grocer", "telco")], abs=1e-3
+    )

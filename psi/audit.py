@@ -70,16 +70,11 @@ def at_home(
         raise LocalError(f"{path} is not a report of {party.name} under the agreement that {party.path} names")
     if report.task == SELFTEST:
         raise LocalError(f"{path} is the report of a rehearsal: its ids were made up, there is nothing to audit")
-    if against is not None and sample < 1:
-        raise LocalError("--against looks up the sampled ids: give --sample NUMBER too")
+    at_hand(party, path, sample=sample, against=against, replay=replay, source=source)
     ids, checks = prepare(party, source=source).ids, list[Check]()
     if sample:
         extract = None if against is None else _extract(party, against)
         checks += audit(report, _kept(path, "psi_opening.bin"), ids, sample, extract)
-    if replay is not None and not report.keys.escrow:
-        raise LocalError(f"{path}: no escrow was kept of this run; set escrow in [policy] before the next one")
-    if replay is not None and replay.suffix == ".pub":
-        raise LocalError(f"{replay} is a public key; --replay needs the compliance team's key file, NAME.key")
     if replay is not None:
         escrow, workers = _kept(path, "psi_escrow.bin"), Workers(party.file.workers)
         try:
@@ -87,6 +82,36 @@ def at_home(
         finally:
             workers.close()
     return checks
+
+
+def at_hand(
+    party: Party,
+    path: Path,
+    *,
+    sample: int = 0,
+    against: Path | None = None,
+    replay: Path | None = None,
+    source: Source | None = None,
+) -> None:
+    """All files that such an audit needs are there; nothing is computed, see `at_home`.
+
+    Raises:
+        LocalError: a file is missing, or is not what it should be; an option lacks another.
+    """
+    if against is not None and sample < 1:
+        raise LocalError("--against looks up the sampled ids: give --sample NUMBER too")
+    if sample:
+        _kept(path, "psi_opening.bin")
+    if replay is not None and not load_report(path).keys.escrow:
+        raise LocalError(f"{path}: no escrow was kept of this run; set escrow in [policy] before the next one")
+    if replay is not None and replay.suffix == ".pub":
+        raise LocalError(f"{replay} is a public key; --replay needs the compliance team's key file, NAME.key")
+    if replay is not None:
+        _kept(path, "psi_escrow.bin")
+    table = (source or party.source).path
+    for what, file in {"our table": table, "the extract": against, "the compliance team's key": replay}.items():
+        if isinstance(file, Path) and not file.exists():
+            raise LocalError(f"cannot find {what}, {file}")
 
 
 def _kept(path: Path, name: str) -> Path:

@@ -84,8 +84,7 @@ def verify(paths: Sequence[Path], agreement: Agreement | None = None) -> list[Ch
 def each_check(paths: Sequence[Path], agreement: Agreement | None = None) -> Iterator[Check]:
     """The same, one by one as they are made."""
     sound: list[Report] = []
-    for path in paths:
-        report = load_report(path)
+    for path, report in [(path, load_report(path)) for path in paths]:  # a file that is none is told before all else
         if odd := list(_malformed(report)):
             yield ask(f"{path}: names, keys and digests are well formed", odd)
             continue

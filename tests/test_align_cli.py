@@ -181,6 +181,25 @@ def test_an_extract_that_lacks_our_ids_is_found(escrowed: tuple[Path, dict[str, 
         assert code == expected, out
 
 
+def test_a_missing_file_is_told_before_any_check_is_made(
+    escrowed: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    folder, paths = escrowed
+    report, nowhere = folder / "out" / "bank" / "psi_report.json", tmp_path / "nowhere"
+    (tmp_path / "psi_report.json").write_bytes(report.read_bytes())
+    own = ["--party", paths["bank"]]
+    for arguments, missing in (
+        ([report, nowhere], "nowhere"),
+        ([report, *own, "--sample", 5, "--against", nowhere], "nowhere"),
+        ([report, *own, "--sample", 5, "--input", nowhere], "nowhere"),
+        ([report, *own, "--replay", nowhere], "nowhere"),
+        ([tmp_path / "psi_report.json", *own, "--sample", 5], "psi_opening.bin"),
+        ([tmp_path / "psi_report.json", *own, "--replay", folder / "compliance.key"], "psi_escrow.bin"),
+    ):
+        code, out, err = colonnade("verify", *arguments)
+        assert (code, out) == (2, "") and missing in err
+
+
 def test_audits_need_our_own_report_alone(escrowed: tuple[Path, dict[str, Path]]) -> None:
     folder, _ = escrowed
     code, _, err = colonnade("verify", folder / "out" / "bank" / "psi_report.json", "--sample", 5)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -338,17 +338,19 @@ def verify(
     agreed = Agreement.load(agreement) if agreement else party.agreement if party else None
     if party and agreed and agreed.digest != party.agreement.digest:
         raise LocalError(f"{agreement} is not the agreement that {party_path} names")
-    at_home = bool(sample or replay or against or input_file)
-    if at_home != bool(party):
+    if bool(sample or replay or against or input_file) != bool(party):
         raise LocalError("--party goes with --sample NUMBER or --replay KEY, and these with --party")
     if party and len(reports) != 1:
         raise LocalError("--party looks at our own report: give it alone")
     tally = Counter[str]()
+    audited: dict[str, Any] = {"sample": sample, "against": against, "replay": replay}
+    if party:
+        audited["source"] = None if input_file is None else _source(party, input_file)
+        audit.at_hand(party, reports[0], **audited)
     for one in each_check(reports, agreed):
         _show(one, tally)
     if party:
-        source = None if input_file is None else _source(party, input_file)
-        for one in audit.at_home(party, reports[0], sample=sample, against=against, replay=replay, source=source):
+        for one in audit.at_home(party, reports[0], **audited):
             _show(one, tally)
     if tally["FAIL"]:
         raise LocalError(f"{tally['FAIL']} of {tally.total()} checks failed")

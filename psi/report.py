@@ -19,8 +19,9 @@ from parties.message import class_of
 from parties.session import Session
 from psi.align import Alignment, Step, checks_made
 from psi.budget import Use
-from psi.exchange import TO_HUB, Flow, judge_of
-from psi.group import POINT_BYTES, token_width
+from psi.due import predicted_arrays
+from psi.exchange import Flow
+from psi.group import token_width
 from psi.hash_to_curve import TAG
 from psi.identifiers import Identifiers
 from psi.inputs import CANARIES
@@ -317,33 +318,6 @@ def false_match_bound(steps: tuple[Step, ...] | list[Step]) -> float:
     points and t bytes a token."""
     totals = [sum(step.set_sizes.values()) for step in steps]
     return float(sum(total**2 / 2 ** (8 * token_width(total) + 1) for total in totals))
-
-
-def predicted_arrays(party: str, steps: list[Step], result: str) -> dict[tuple[str, str], int]:
-    """Bytes of points, tokens and positions that `party` sends, by (peer, kind), as set sizes and result imply them."""
-    out: dict[tuple[str, str], int] = {}
-
-    def add(to: str, kind: str, count: int) -> None:
-        if count:
-            out[to, kind] = out.get((to, kind), 0) + count
-
-    for step in steps:
-        names = list(step.set_sizes)
-        sizes, k, place = list(step.set_sizes.values()), len(names), names.index(party)
-        previous, following = names[(place - 1) % k], names[(place + 1) % k]
-        add(following, "MaskedPoints", POINT_BYTES * sum(sizes[(place - hop) % k] for hop in range(k - 1)))
-        judge = judge_of(result, k)
-        if place != judge:
-            add(names[judge], "Tokens", token_width(sum(sizes)) * sizes[(place + 1) % k])
-        list_bytes = 4 * (step.size + CANARIES)
-        if result == "rows":
-            add(previous, "Positions", (k - 1) * list_bytes)
-            if place == 0:
-                for holder in names[1:]:
-                    add(holder, "Positions", list_bytes)
-        elif result == TO_HUB and place:
-            add(previous, "Positions", list_bytes)
-    return out
 
 
 def _traffic(session: Session, alignment: Alignment) -> list[Traffic]:

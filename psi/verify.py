@@ -23,12 +23,12 @@ from parties.errors import LocalError
 from parties.files import read_bytes
 from parties.identity import PublicIdentity, check_name
 from parties.parsing import parse_json
-from psi.align import least_rows
+from psi.align import Step, least_rows
 from psi.commitment import input_root
-from psi.exchange import TO_HUB, Flow, Way, What, judge_of
+from psi.due import due_flows, due_messages
+from psi.exchange import TO_HUB, Flow, Way
 from psi.hash_to_curve import TAG
 from psi.inputs import CANARIES, decoys_for
-from psi.messages import PART, part_count
 from psi.record import LISTS, Keys, ask, check_record, from_hex, is_hex, known_class, longest, signed
 from psi.report import (
     SELFTEST,
@@ -45,7 +45,6 @@ from psi.report import (
     party_facts,
     report_digest,
 )
-from psi.reveal import POSITIONS
 
 MOST_PARTIES = 16  # as in an agreement
 MOST = 2**63  # whatever a party counts is below that
@@ -182,7 +181,7 @@ def _alone(path: Path, report: Report, agreement: Agreement | None) -> Iterator[
     yield about("what is stated follows from what was agreed", _inconsistent(report))
     yield about("counts add up", [*_odd_rows(report), *_odd_steps(report)])
     found = Counter((f.step, f.direction, f.peer, f.what, f.owner, f.count) for f in report.flows)
-    odd = ["a list is missing, not due, or of another length"] if found != Counter(due_flows(report)) else []
+    odd = ["a list is missing, not due, or of another length"] if found != Counter(due_flows(*_run(report))) else []
     yield about("every list that must have passed did, as long as announced", odd, f"{len(report.flows)} lists")
     odd = [] if as_predicted(report) and _due_traffic(report) else ["bytes, or messages, of a kind"]
     yield about("what left is as long as the set sizes imply", odd)
@@ -295,51 +294,9 @@ def _odd_steps(report: Report) -> Iterator[str]:
             yield f"step {number}: fewer rows in common than the minimum"
 
 
-def due_flows(report: Report) -> Iterator[tuple[int, Way, str, What, str, int]]:
-    """Step, direction, peer, content, owner and length of every list that `report.party` must have sent or got."""
-    names, result = list(report.parties), report.governance.intersection.result
-    k, place = len(names), names.index(report.party)
-    hub, at = names[0], [names[(place + offset) % k] for offset in range(k + 1)]
-    following, previous = at[1], at[-2]
-    lists: list[tuple[Way, str, What, str]] = []
-    for hop in range(1, k):
-        lists += [("sent", following, "points", at[(1 - hop) % k]), ("received", previous, "points", at[-hop % k])]
-    judge = judge_of(result, k)
-    if place != judge:
-        lists.append(("sent", names[judge], "tokens", following))
-    else:
-        lists += [("received", at[holder], "tokens", at[holder + 1]) for holder in range(1, k)]
-    if result == "rows" and place:
-        lists.append(("received", hub, "positions", following))
-    elif result == "rows":
-        lists += [("sent", at[holder], "positions", at[holder + 1]) for holder in range(1, k)]
-    if result == "rows":
-        for step in range(1, k):
-            lists += [("sent", previous, "positions", at[step]), ("received", following, "positions", at[step + 1])]
-    elif result == TO_HUB:
-        lists += [("sent", previous, "positions", hub)] if place else []
-        lists += [("received", following, "positions", hub)] if place != judge else []
-    for number, one in enumerate(report.steps):
-        for way, peer, what, owner in lists:
-            count = one.size + CANARIES if what == "positions" else one.set_sizes[owner]
-            yield number, way, peer, what, owner, count
-
-
-def due_messages(report: Report) -> Counter[tuple[str, str]]:
-    """How many messages of a kind `report.party` must have sent to a peer, by (peer, kind)."""
-    steps, result = len(report.steps), report.governance.intersection.result
-    often = {"Hello": 1, "InputCommitment": 1, "SeedReveal": 1, "SetSize": steps, "Seen": steps, "Gate": 2 * steps}
-    if result == "rows":
-        often |= {"Gate": 3 * steps, "OrderPoint": steps, "OrderTag": steps}
-    if report.party == list(report.parties)[judge_of(result, len(report.parties))]:
-        often["IntersectionSize"] = steps
-    due = Counter({(peer, kind): number for peer in report.transcripts for kind, number in often.items()})
-    part = {"points": ("MaskedPoints", PART), "tokens": ("Tokens", PART), "positions": ("Positions", POSITIONS)}
-    for _, way, peer, what, _, count in due_flows(report):
-        if way == "sent":
-            kind, size = part[what]
-            due[peer, kind] += part_count(count, size)
-    return due
+def _run(report: Report) -> tuple[str, list[Step], str]:
+    """What decides what must have passed."""
+    return report.party, report.steps, report.governance.intersection.result
 
 
 def _due_traffic(report: Report) -> bool:
@@ -349,7 +306,7 @@ def _due_traffic(report: Report) -> bool:
         one.messages <= one.bytes and (one.kind in LISTS or one.bytes <= longest(report) * one.messages)
         for one in report.traffic
     )
-    return short and len(stated) == len(report.traffic) and stated == due_messages(report)
+    return short and len(stated) == len(report.traffic) and stated == due_messages(*_run(report))
 
 
 # ---- several reports

@@ -192,7 +192,7 @@ def check_label(place: str, name: str, column: pa.ChunkedArray, positive: str) -
         raise LocalError(f"{here}: the label is {what}; it must have exactly two values")
     if positive:
         if positive not in values.to_pylist():
-            raise LocalError(f"{here}: no label equals the value declared as positive")
+            raise LocalError(f"{here}: no label equals positive in [table]; set it to one of the two values")
         return positive
     numbers = dict(zip(_parse(values)[0].to_pylist(), values.to_pylist(), strict=True))
     if set(numbers) != {0.0, 1.0}:

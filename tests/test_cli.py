@@ -473,6 +473,15 @@ def test_scores_that_could_not_be_written_are_refused_before_the_session(finishe
     assert code == 2 and "cannot write" in err and "nowhere" in err
 
 
+@pytest.mark.parametrize(
+    "options", [("--name", "telco", "--no-label-holder"), ("--name", "registry", "--horizontal"), ("--name", "mill")]
+)
+def test_init_names_no_party_twice(tmp_path, options):
+    assert colonnade("init", *options, "--folder", tmp_path)[0] == 0
+    names = re.findall(r'^name = "(\w+)"', (tmp_path / "agreement.toml").read_text(), re.M)
+    assert options[1] in names and len(set(names)) == len(names)
+
+
 def test_init_keeps_an_agreement_that_came_from_the_others(tmp_path):
     (tmp_path / "agreement.toml").write_text("theirs")
     assert colonnade("init", "--name", "grocer", "--no-label-holder", "--folder", tmp_path)[0] == 0

@@ -100,7 +100,9 @@ def init(
         out.print(f"kept {common}, as it is", soft_wrap=True)
     else:
         stands_for = "north" if horizontal_mode else "bank" if label_holder else "grocer"
-        agreed = _template(f"{prefix}agreement.toml").replace(f'name = "{stands_for}"', f'name = "{name}"')
+        agreed = _template(f"{prefix}agreement.toml")
+        if f'name = "{name}"' not in agreed:
+            agreed = agreed.replace(f'name = "{stands_for}"', f'name = "{name}"')
         write_whole(common, agreed.encode())
         out.print(f"wrote {common}", soft_wrap=True)
     write_whole(party, own.encode())

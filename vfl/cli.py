@@ -159,7 +159,7 @@ def check(path: PartyPath) -> None:
     except Refused as error:
         table.add_row("our approval", str(error))
     out.print(table)
-    out.print(f"Nothing was sent. When everybody's check is fine: colonnade sign, then colonnade {_verb(trains)}.")
+    out.print(f"Nothing was sent. When everybody's check is fine: colonnade sign, colonnade {_verb(trains)}.")
 
 
 def _verb(trains: bool) -> str:

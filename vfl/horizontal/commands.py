@@ -28,7 +28,7 @@ def check(party: Party) -> None:
     except Refused as error:
         table.add_row("our approval", str(error))
     out.print(table)
-    out.print("Nothing was sent. When everybody's check is fine: colonnade sign, then colonnade run.", soft_wrap=True)
+    out.print("Nothing was sent. When everybody's check is fine: colonnade sign, colonnade run.", soft_wrap=True)
 
 
 def sign(party: Party) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from math import prod
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -94,13 +95,15 @@ class Abort(Message):
             raise ValueError("unknown reason")
 
 
-def _scalars(cls: type[Message]) -> list[str]:
-    return [field.name for field in fields(cls) if field.name != "data"]
+@cache
+def _scalars(cls: type[Message]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(cls) if field.name != "data")
 
 
-def _scalar_types(cls: type[Message]) -> Any:
+@cache  # to work the types out takes longer than all else in a small message
+def _scalar_decoder(cls: type[Message]) -> msgspec.msgpack.Decoder[Any]:
     hints = get_type_hints(cls)
-    return tuple.__class_getitem__(tuple(hints[name] for name in _scalars(cls)))
+    return msgspec.msgpack.Decoder(tuple.__class_getitem__(tuple(hints[name] for name in _scalars(cls))))
 
 
 def encode(
@@ -167,7 +170,7 @@ def decode(header: Header, payload: bytes, expected: type[M]) -> M:
     if header.dtype != expected.dtype or len(header.shape) != expected.ndim:
         raise ValueError(f"{expected.__name__}: the array's dtype or dimensions differ")
     try:
-        scalars = msgspec.msgpack.decode(header.fields, type=_scalar_types(expected))
+        scalars = _scalar_decoder(expected).decode(header.fields)
     except (msgspec.MsgspecError, RecursionError):
         raise ValueError(f"{expected.__name__}: its fields do not parse") from None
     values: dict[str, Any] = dict(zip(_scalars(expected), scalars, strict=True))

@@ -105,6 +105,8 @@ class Estimator:
         self.rows = len(y)
         self._partial, parameters = hasattr(estimator, "partial_fit"), estimator.get_params()
         self._seeded, name = "random_state" in parameters, type(estimator).__name__
+        if self._seeded:
+            self.estimator.random_state = self._random = np.random.RandomState()
         if not self._partial and "warm_start" not in parameters:
             raise LocalError(f"{name} has neither partial_fit nor warm_start: each round would begin anew")
         if len(self._classes) and not np.isin(y, self._classes).all():
@@ -173,8 +175,8 @@ class Estimator:
                 self.estimator.fit(x, y)
 
     def _seed(self, seed: Sequence[int]) -> None:
-        if self._seeded:
-            self.estimator.random_state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        if self._seeded:  # the same generator anew: a number costs scikit-learn a new one in every fit
+            self._random.seed(np.random.SeedSequence(seed).generate_state(1)[0])
 
     def _arrays(self) -> list[NDArray[Any]]:
         if hasattr(self.estimator, "coefs_"):
@@ -298,8 +300,9 @@ def _flat(arrays: Sequence[NDArray[Any]]) -> Vector:
 
 def _like(weights: Vector, arrays: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
     """The weights cut into arrays of these shapes and dtypes."""
-    parts = np.split(weights, np.cumsum([array.size for array in arrays])[:-1])
-    return [
-        (np.rint(part) if array.dtype.kind in "iu" else part).reshape(array.shape).astype(array.dtype)
-        for part, array in zip(parts, arrays, strict=True)
-    ]
+    parts, start = [], 0
+    for array in arrays:
+        part = weights[start : start + array.size].reshape(array.shape)
+        parts.append((np.rint(part) if array.dtype.kind in "iu" else part).astype(array.dtype))
+        start += array.size
+    return parts

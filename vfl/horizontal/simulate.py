@@ -20,7 +20,6 @@ from parties.errors import LocalError, PeerLost
 from parties.horizontal import Horizontal
 from parties.workers import Workers
 from vfl.horizontal.compression import compressor
-from vfl.horizontal.federated import train
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.partition import Partition
@@ -69,6 +68,8 @@ def simulate(
     if start is None and models and models[0] is not None and not settings.personal:
         start = models[0].get()
     if settings.secure:
+        from vfl.horizontal.federated import train  # with the transport, which nobody else here needs
+
         return train(dict(zip(names, clients, strict=True)), settings, start=start, progress=progress)
     checked(settings, len(names))
     tables = {name: describe(settings, data, model) for name, data, model in zip(names, rows, models, strict=True)}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -279,7 +280,7 @@ class Part:
         """Everything travels."""
         return cls(np.ones(size, np.bool_), np.ones(size, np.bool_))
 
-    @property
+    @cached_property
     def travels(self) -> Mask:
         return self.shared & self.kept
 

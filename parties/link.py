@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from parties.zeromq import Post
 
 TURN = 0.2  # seconds between two looks at the clock
+BEHIND = 4  # frames or messages that a peer may not know to have arrived or been consumed until the next look
 RESEND = 30.0  # seconds without acknowledgement; a backstop (new connections send again), doubled up to ten times
 
 
@@ -46,6 +48,8 @@ class Link:
         now = time.monotonic()
         self.name, self.peer = peer.name, peer
         self._post = post
+        self.changed = threading.Condition(post.lock)
+        self.touched = True  # since the post last served it
         self.books = Delivery(peer.name, limit)
         self.failure: ColonnadeError | None = None
         self.socket: Socket | None = None  # the post's router, or our own dealer
@@ -63,29 +67,33 @@ class Link:
 
     def send(self, header: bytes, payload: bytes | memoryview, timeout: float) -> None:
         """Leave a message with the post; waits while the peer has 16 unconsumed ones."""
-        with self._post.changed:
+        with self._post.lock:
             self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
             self.books.push(header, payload)
+            self.touched = True
         self._post.wake()
 
     def last(self, header: bytes, payload: bytes | memoryview) -> None:
         """Leave the last message, if the peer can still be told; never waits, since the peer has room for it."""
-        with self._post.changed:
+        with self._post.lock:
             if self._post.closing is None and not self.mute and not self.books.closed and self.books.last_room:
                 self.books.push(header, payload)
+                self.touched = True
         self._post.wake()
 
     def receive(self, timeout: float) -> tuple[bytes, bytes]:
         """The next header and payload. What a peer sent before it left is still delivered."""
-        with self._post.changed:
+        with self._post.lock:
             self._wait(lambda: bool(self.books.inbox), timeout, "sent nothing")
             message = self.books.take()
-        self._post.wake()
+            urgent = self.touched = self.touched or self.behind >= BEHIND
+        if urgent:
+            self._post.wake()
         return message
 
     def ready(self, timeout: float) -> None:
         """Wait until the peer is there."""
-        with self._post.changed:
+        with self._post.lock:
             self._wait(lambda: bool(self.books.target), timeout, "did not come")
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
@@ -110,11 +118,16 @@ class Link:
                     raise PeerLost(
                         f"{self.name} {what} within {timeout:.0f} s; ask whether it is running", peer=self.name
                     )
-                self._post.changed.wait(min(TURN, left))
+                self.changed.wait(min(TURN, left))
         finally:
             self.awaited = None
 
     # ---- for the post, which holds the lock
+
+    @property
+    def behind(self) -> int:
+        """How many frames or messages the peer does not know to have arrived or been consumed."""
+        return max(self.books.received - self.told[0], self.books.consumed - self.told[1])
 
     @property
     def mute(self) -> bool:
@@ -133,6 +146,7 @@ class Link:
         """A new connection: send again what may be lost with the old one, and begin by showing ourselves."""
         self.books.rewind()
         self.refusing, self.next_beat, self.resend = None, 0.0, RESEND
+        self.touched = True
 
     def greet(self, now: float) -> None:
         """The peer's key is accepted for the first time: from here on it must be heard."""
@@ -148,6 +162,8 @@ class Link:
             return
         self.greet(now)
         self.heard = now
+        self.touched = True
+        self.changed.notify_all()
         if self.books.acked != before[0]:
             self.acknowledged, self.resend = now, RESEND
         if self.books.progress != before[1]:

@@ -16,7 +16,7 @@ import logging
 import socket as sockets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from types import TracebackType
 
 import zmq
@@ -26,7 +26,7 @@ from parties import curve
 from parties.delivery import FRAME_LIMIT, no_room
 from parties.errors import ColonnadeError, LocalError, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
-from parties.link import RESEND, TURN, Link, Patience, Peer
+from parties.link import BEHIND, RESEND, TURN, Link, Patience, Peer
 
 __all__ = ["Link", "Patience", "Peer", "Post"]
 
@@ -60,13 +60,15 @@ class Post:
         log: Callable[[str], None] = _LOG.warning,
     ) -> None:
         self.me, self.patience = me, patience
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()
         self.endpoint: str | None = None
         self._log, self._takes_back = log, takes_back
         self._back: dict[str, Link] = {}
         self._progress = 1
         self.closing: float | None = None
         self._failed_handshakes = 0
+        self._rung = False  # whether the post is called already
+        self._next_look = 0.0
         self._links = {peer.name: Link(self, peer, frame_limit) for peer in peers}
         coming = [link for link in self._links.values() if link.peer.endpoint is None]
         self._by_user = {curve.user_id(link.peer.public.curve): link for link in coming}
@@ -141,7 +143,7 @@ class Post:
 
     def returned(self) -> dict[str, Link]:
         """The new links of peers that were started again, and have greeted us, since we were last asked."""
-        with self.changed:
+        with self.lock:
             return {name: self._back.pop(name) for name, link in list(self._back.items()) if link.books.inbox}
 
     def tick(self) -> None:
@@ -150,16 +152,19 @@ class Post:
 
     def wake(self) -> None:
         """Make the post look at once."""
-        with contextlib.suppress(OSError):  # it is awake anyway, or gone
-            self._bell.send(b"\0")
+        if not self._rung:
+            self._rung = True
+            with contextlib.suppress(OSError):  # it is awake anyway, or gone
+                self._bell.send(b"\0")
 
     def close(self) -> None:
         """Send what is left, say goodbye, release everything."""
-        with self.changed:
+        with self.lock:
             if self.closing is None:
                 self.closing = time.monotonic()
                 for link in self._links.values():
                     link.books.farewell()
+                    link.touched = True
         self.wake()
         while self._thread.is_alive():
             self._thread.join(TURN)
@@ -185,24 +190,23 @@ class Post:
                     poller.register(socket, zmq.POLLIN)
             turned = time.monotonic()
             while not self._finished():
-                poller.poll(int(TURN * 1000))
-                with self.changed:
+                ready = {source for source, _ in poller.poll(int(TURN * 1000))}
+                with self.lock:
                     slept = time.monotonic() - turned - 1.0
                     if slept > 0:
                         for link in self._links.values():
                             link.forgive(slept)
-                    self._turn()
-                    self.changed.notify_all()
+                    self._turn(ready)
                 turned = time.monotonic()
         except BaseException as bug:
             problem = f"the transport stopped on an internal error ({type(bug).__name__}); please report it"
             self._say(problem)
         finally:
             try:
-                with self.changed:
+                with self.lock:
                     for link in self._links.values():
                         link.failure = link.failure or LocalError(problem)
-                    self.changed.notify_all()
+                        link.changed.notify_all()
             finally:
                 if any(link.route is not None for link in self._links.values()):
                     time.sleep(_PAUSE)
@@ -215,29 +219,38 @@ class Post:
 
     def _finished(self) -> bool:
         """When closing: whether nobody is left who could still acknowledge."""
-        with self.changed:
+        with self.lock:
             return self.closing is not None and (
                 time.monotonic() - self.closing > self.patience.flush
                 or all(link.finished for link in self._links.values())
             )
 
-    def _turn(self) -> None:
+    def _turn(self, ready: Set[object]) -> None:
+        """Serve the sockets that have something, then the links that were touched; all links every now and then."""
+        self._rung = False
         with contextlib.suppress(BlockingIOError):
             self._hook.recv(4096)
-        self._admit()
-        if self._router is not None and self._router_monitor is not None:
+        if self._gate.socket in ready:
+            self._admit()
+        if self._router_monitor is not None and self._router_monitor in ready:
             for event in curve.events(self._router_monitor):
                 self._failed_handshakes += bool(event & curve.HANDSHAKE_FAILED)
+        if self._router is not None and self._router in ready:
             self._collect(self._router, None)
         for link in self._links.values():
-            if link.monitor is not None and link.socket is not None:
+            if link.monitor is not None and link.monitor in ready:
                 self._observe(link, link.monitor)
+            if link.monitor is not None and link.socket is not None and link.socket in ready:
                 self._collect(link.socket, link)
         now = time.monotonic()
+        look = now >= self._next_look
+        if look:
+            self._next_look = now + TURN / 4
         for link in self._links.values():
-            if link.failure is None and not link.books.closed:
+            if look and link.failure is None and not link.books.closed:
                 self._fail(link, link.judge(now, self.patience, self._strangers()))
-            self._deliver(link, now)
+            if look or link.touched:
+                self._deliver(link, now, look)
 
     def _strangers(self) -> str:
         return (
@@ -251,6 +264,7 @@ class Post:
         if error is not None and link.failure is None and not link.books.closed:  # then what it said still counts
             link.failure = error
             link.books.inbox.clear()
+            link.changed.notify_all()
 
     def _observe(self, link: Link, monitor: curve.Socket) -> None:
         """What happened to a connection of ours."""
@@ -339,19 +353,23 @@ class Post:
                 link.socket.send_multipart([route, no_room(source)], zmq.NOBLOCK)
         return None
 
-    def _deliver(self, link: Link, now: float) -> None:
-        """Send what is due, and at least a beat when the peer does not know our counts or has not heard us lately."""
+    def _deliver(self, link: Link, now: float, look: bool) -> None:
+        """Send what is due, and at least a beat when the peer waits for our counts or has not heard us lately. What we
+        send tells the counts too: an answer that comes soon saves the beat."""
         books = link.books
         if books.waiting and now - link.acknowledged > link.resend:
             books.rewind()
             link.acknowledged, link.resend = now, min(2 * link.resend, 10 * RESEND)
+        link.touched = False
         while frame := books.due(self._progress):
             if not books.waiting:
                 link.acknowledged = now
             if not self._put(link, frame, now):
+                link.touched = True
                 break
             books.gone()
-        if (books.received, books.consumed) != link.told or now >= link.next_beat:
+        urgent = look or books.closed or self.closing is not None or link.behind >= BEHIND
+        if (urgent and link.behind) or now >= link.next_beat:
             self._put(link, books.beat(self._progress), now)
 
     def _put(self, link: Link, frame: list[bytes | memoryview], now: float) -> bool:

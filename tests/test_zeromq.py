@@ -806,7 +806,7 @@ def test_a_bug_in_the_post_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> Non
         bank.ready(SOON)
         grocer.ready(SOON)
 
-        def bug(post: Post) -> None:
+        def bug(post: Post, ready: object) -> None:
             raise ZeroDivisionError
 
         monkeypatch.setattr(Post, "_turn", bug)

@@ -12,12 +12,14 @@ import hashlib
 import re
 import stat
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
 import zmq
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from nacl.bindings import crypto_sign_BYTES, crypto_sign_open
+from nacl.exceptions import BadSignatureError
 from zmq.utils import z85
 
 from parties.errors import LocalError
@@ -68,9 +70,11 @@ class PublicIdentity:
 
     def signed(self, purpose: str, data: bytes, signature: bytes) -> bool:
         """Whether `signature` is ours over `data` for `purpose` (a signature for one purpose fits no other)."""
+        if len(signature) != crypto_sign_BYTES:
+            return False
         try:
-            Ed25519PublicKey.from_public_bytes(self.verify).verify(signature, _framed(purpose, data))
-        except (InvalidSignature, ValueError):
+            crypto_sign_open(signature + _framed(purpose, data), self.verify)
+        except BadSignatureError:
             return False
         return True
 
@@ -135,7 +139,11 @@ class Identity:
 
     def sign(self, purpose: str, data: bytes) -> bytes:
         """Ed25519 (RFC 8032) over the purpose and the data; 64 bytes."""
-        return Ed25519PrivateKey.from_private_bytes(self.sign_secret).sign(_framed(purpose, data))
+        return self._signer.sign(_framed(purpose, data))
+
+    @cached_property
+    def _signer(self) -> Ed25519PrivateKey:
+        return Ed25519PrivateKey.from_private_bytes(self.sign_secret)
 
 
 def _framed(purpose: str, data: bytes) -> bytes:

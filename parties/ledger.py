@@ -18,6 +18,7 @@ from parties.errors import LocalError, Refused
 from parties.files import read_bytes
 from parties.identity import Identity, PublicIdentity
 
+_SPELLING = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _START = hashlib.sha256(b"colonnade/ledger/1").hexdigest()
 
 
@@ -129,4 +130,4 @@ def _is_sealed(entry: dict[str, Any], owner: PublicIdentity) -> bool:
 
 def _canonical(entry: dict[str, Any]) -> bytes:
     """The one spelling of a line. Raises ValueError for a number that JSON does not have."""
-    return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode()
+    return _SPELLING.encode(entry).encode()

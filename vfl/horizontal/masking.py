@@ -31,6 +31,7 @@ from vfl.horizontal.context import Context
 from vfl.horizontal.shamir import PRIME, recover, split
 
 Words = NDArray[np.uint64]
+_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))  # any scalar: it is a multiple of 8, all that matters
 KEYS, SURVIVORS = "aggregation keys", "aggregation survivors"  # what a client signs
 
 
@@ -85,7 +86,8 @@ def rows_of(near: Sequence[int], data: Array) -> dict[int, bytes]:
     """Raises ValueError: another number of rows than the neighbourhood has clients."""
     if len(data) != len(near):
         raise ValueError(f"{len(data)} rows where {len(near)} are due")
-    return {client: row.tobytes() for client, row in zip(near, data, strict=True) if row.any()}
+    raw, width = data.tobytes(), data.shape[1]
+    return {near[i]: raw[i * width : (i + 1) * width] for i in np.flatnonzero(data.any(axis=1))}
 
 
 # ---- step 0: keys
@@ -124,7 +126,7 @@ def read_offer(context: Context, client: int, identity: PublicIdentity, raw: byt
 def refuse_weak(offer: Offer) -> None:
     """Raises ValueError: a key of small order, with which every secret would be 0."""
     for key in (offer.sealing, offer.mask):
-        X25519PrivateKey.from_private_bytes(bytes(32)).exchange(X25519PublicKey.from_public_bytes(key))
+        _PROBE.exchange(X25519PublicKey.from_public_bytes(key))
 
 
 def _statement(context: Context, client: int, body: bytes) -> bytes:

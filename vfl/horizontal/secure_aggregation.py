@@ -210,7 +210,7 @@ def _check_flags(context: Context, us: int, flags: Array, held: Mapping[int, obj
         raise ValueError("survivors whose masks do not hold them together")
     if us not in survivors or len(survivors) < context.threshold:
         raise ValueError(f"{len(survivors)} survivors: too few, or we are not among them")
-    if any(j in context.neighbourhood(us) and j not in held for j in survivors):
+    if not held.keys() >= set(context.neighbourhood(us)).intersection(survivors):
         raise ValueError("a survivor that dealt no shares")
     return survivors
 

@@ -45,14 +45,15 @@ def train(
 
     start: the first weights of an own model, (size,). Raises what `coordinate` does, or the first client's own error.
     """
-    session, mesh = secrets.token_bytes(32), links([HUB, *clients])
+    session = secrets.token_bytes(32)
+    star = {name: links([HUB, name]) for name in clients}  # a mesh of 1,000 clients has a million ends
     identities = {name: Identity.generate(name) for name in (HUB, *clients)}
     public = {name: identity.public for name, identity in identities.items()}
     roll = {name: public[name] for name in clients}
     failed: list[Exception] = []
 
     def channel(me: str, peer: str) -> Channel:
-        link: MemoryLink = mesh[me][peer]
+        link: MemoryLink = star[peer if me == HUB else me][me][peer]
         ledger = Ledger(identities[me], None, frozenset(CLASSES))
         made = Channel(link, peer=peer, our_id=public[me].key_id, peer_id=public[peer].key_id, ledger=ledger)
         made.session = session
@@ -67,7 +68,7 @@ def train(
             failed.append(error)
             hub.abort(error.kind if isinstance(error, ColonnadeError) and error.kind != "aborted" else "error")
         finally:
-            mesh[name][HUB].leave()
+            star[name][name][HUB].leave()
 
     threads = [threading.Thread(target=run, args=(name,), name=name, daemon=True) for name in clients]
     for thread in threads:
@@ -80,7 +81,7 @@ def train(
     finally:
         for name in clients:
             channels[name].abort("error")  # who still listens need not wait; who is done does not
-            mesh[HUB][name].leave()
+            star[name][HUB][name].leave()
         for thread in threads:
             thread.join()
 

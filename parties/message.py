@@ -96,14 +96,15 @@ class Abort(Message):
 
 
 @cache
-def _scalars(cls: type[Message]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(cls) if field.name != "data")
+def _scalars(number: int) -> tuple[str, ...]:
+    """The scalar fields of a kind."""
+    return tuple(field.name for field in fields(_REGISTRY[number]) if field.name != "data")
 
 
 @cache  # to work the types out takes longer than all else in a small message
-def _scalar_decoder(cls: type[Message]) -> msgspec.msgpack.Decoder[Any]:
-    hints = get_type_hints(cls)
-    return msgspec.msgpack.Decoder(tuple.__class_getitem__(tuple(hints[name] for name in _scalars(cls))))
+def _scalar_decoder(number: int) -> msgspec.msgpack.Decoder[Any]:
+    hints = get_type_hints(_REGISTRY[number])
+    return msgspec.msgpack.Decoder(tuple.__class_getitem__(tuple(hints[name] for name in _scalars(number))))
 
 
 def encode(
@@ -112,7 +113,7 @@ def encode(
     """The two frames of a message. Raises ValueError when it is larger than a frame may be."""
     data: Array | None = getattr(message, "data", None)
     payload: bytes | memoryview = b"" if data is None else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
-    scalars = tuple(getattr(message, name) for name in _scalars(type(message)))
+    scalars = tuple(getattr(message, name) for name in _scalars(message.kind))
     header = Header(
         version=VERSION,
         session=session,
@@ -170,10 +171,10 @@ def decode(header: Header, payload: bytes, expected: type[M]) -> M:
     if header.dtype != expected.dtype or len(header.shape) != expected.ndim:
         raise ValueError(f"{expected.__name__}: the array's dtype or dimensions differ")
     try:
-        scalars = _scalar_decoder(expected).decode(header.fields)
+        scalars = _scalar_decoder(expected.kind).decode(header.fields)
     except (msgspec.MsgspecError, RecursionError):
         raise ValueError(f"{expected.__name__}: its fields do not parse") from None
-    values: dict[str, Any] = dict(zip(_scalars(expected), scalars, strict=True))
+    values: dict[str, Any] = dict(zip(_scalars(expected.kind), scalars, strict=True))
     if expected.dtype:
         values["data"] = np.frombuffer(payload, dtype=expected.dtype).reshape(header.shape)
     return expected(**values)

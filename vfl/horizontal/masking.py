@@ -87,7 +87,8 @@ def rows_of(near: Sequence[int], data: Array) -> dict[int, bytes]:
     if len(data) != len(near):
         raise ValueError(f"{len(data)} rows where {len(near)} are due")
     raw, width = data.tobytes(), data.shape[1]
-    return {near[i]: raw[i * width : (i + 1) * width] for i in np.flatnonzero(data.any(axis=1))}
+    present = np.flatnonzero(data.any(axis=1)).tolist()
+    return {near[i]: raw[i * width : (i + 1) * width] for i in present}
 
 
 # ---- step 0: keys

@@ -84,6 +84,8 @@ def of_horizontal(found: dict[str, Any]) -> list[Row]:
     told = {
         "over_bare_loop": "FedAvg, 10 clients x 10 rounds, CPU / a bare loop's",
         "over_bare_loop_100": "FedAvg, 100 clients x 5 rounds, CPU / a bare loop's",
+        "over_bare_program": "the same, 10 x 10, with all imports",
+        "over_bare_program_100": "the same, 100 x 5, with all imports",
         "over_flower": "the same, 10 x 10, Flower's time / ours",
         "over_flower_100": "the same, 100 x 5, Flower's time / ours",
         "rss_mb": "the same, 10 x 10, memory, MB",

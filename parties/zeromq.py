@@ -227,9 +227,9 @@ class Post:
 
     def _turn(self, ready: Set[object]) -> None:
         """Serve the sockets that have something, then the links that were touched; all links every now and then."""
-        self._rung = False
         with contextlib.suppress(BlockingIOError):
             self._hook.recv(4096)
+        self._rung = False  # only then: a ring whose byte we had just read would silence all that follow
         if self._gate.socket in ready:
             self._admit()
         if self._router_monitor is not None and self._router_monitor in ready:

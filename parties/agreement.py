@@ -239,7 +239,8 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             raise ValueError("a horizontal job has two clients or more; with coordinator_trains the coordinator is one")
         plan.check(len(self.clients), self.job.coordinator_trains)
         alike = len({type(one) for one in plan.classes}) == 1
-        if plan.model == "logistic" and not (alike and list(plan.classes) == sorted({*plan.classes})):
+        listed = plan.model == "logistic" or (plan.model == "own" and plan.classes)
+        if listed and not (alike and list(plan.classes) == sorted({*plan.classes})):
             raise ValueError("classes of [horizontal] must list the values of the label, all numbers or text, sorted")
         if self.deadlines.message <= plan.clients.longest:
             raise ValueError(

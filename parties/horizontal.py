@@ -74,6 +74,23 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     rows: Whole = 0
 
 
+class Array(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One array of parameters of an own model that travels, the same at all parties."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    shape: tuple[Whole, ...] = ()
+    dtype: Annotated[str, Meta(pattern=r"^(float|int|uint)(8|16|32|64)$")] = "float32"
+
+
+class Public(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The public table of a distillation: its rows and its digest, which `colonnade check` tells. weight: of one of its
+    rows in a client's training, against one of the client's own."""
+
+    rows: Count
+    digest: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    weight: Positive = 1.0
+
+
 class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The job of parties that hold the same columns for different rows.
 
@@ -84,11 +101,23 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     fraction of columns that a round trains (federated dropout). personal: a torch model's parameters that stay each
     client's own, by the beginning of their names. fine_tune: epochs after the last round that only the client keeps.
     test_fraction: of each client's rows, kept from training, on which the model is scored (0: on all rows).
+    Of own models: arrays, all that travels, in order; loss of a torch module ("": cross entropy where classes are
+    listed, squared otherwise); config, what a Flower client's code reads; public, the table of a distillation.
     """
 
     model: Literal["logistic", "linear", "poisson", "own"] = "logistic"
     strategy: Literal[
-        "exact", "fedsgd", "fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox", "feddyn", "scaffold"
+        "exact",
+        "fedsgd",
+        "fedavg",
+        "fedavgm",
+        "fedadagrad",
+        "fedadam",
+        "fedyogi",
+        "fedprox",
+        "feddyn",
+        "scaffold",
+        "distillation",
     ] = "exact"
     parameters: dict[str, float] = {}
     classes: tuple[int | str, ...] = ()
@@ -113,6 +142,10 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     personal: str = ""
     fine_tune: Whole = 0
     leave_one_out: bool = False
+    arrays: tuple[Array, ...] = ()
+    loss: Literal["", "cross_entropy", "squared", "poisson"] = ""
+    config: dict[str, bool | int | float | str] = {}
+    public: Public | None = None
     privacy: Privacy = Privacy()
     checkpoint: bool = True
 
@@ -148,7 +181,7 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
     def _contradictions(self) -> list[tuple[object, str]]:
         exact, own, robust, noise = self.strategy == "exact", self.model == "own", self.robust, self.privacy.noise
-        ruled = robust != "mean"
+        ruled, distils = robust != "mean", self.strategy == "distillation"
         return [
             (
                 len({type(value) for value in self.classes}) > 1 or len(set(self.classes)) < len(self.classes),
@@ -194,8 +227,20 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 "a personal part is of an own torch model, without privacy and compression",
             ),
             (
-                own and (self.standardise or self.test_fraction),
+                own and (self.standardise or (self.test_fraction and not distils)),
                 "an own model standardises and tests by itself; set neither standardise nor test_fraction",
+            ),
+            (
+                not own and (distils or self.arrays or self.loss or self.config),
+                'distillation, arrays, loss and config are of own models; set model = "own"',
+            ),
+            (
+                distils != (self.public is not None),
+                'strategy "distillation" needs [horizontal.public], and no other does: rows and digest of the table',
+            ),
+            (
+                distils and (self.arrays or self.personal or self.fine_tune or self.loss or self.config),
+                "in a distillation every client keeps its own model: no arrays, personal part, fine_tune, loss, config",
             ),
             *self._contradicting_privacy(own, ruled, noise),
         ]

@@ -143,7 +143,7 @@ def take_part(
             kept = end.answer(task)
             if task.stage == "train":
                 progress("train", task.round, settings.rounds)
-                missing = {} if kept else {me.name: "the sum has not our numbers"}
+                missing = {} if kept else {me.name: str(end.declined or "the sum has not our numbers")}
                 rounds.append(Round(task.round, np.nan, np.nan, (me.name,) if kept else (), missing))
     except PeerAborted:
         if end.declined is not None:
@@ -201,7 +201,7 @@ class _End:
         """One sum; whether it has our numbers."""
         job, level, trains = self.trainer.job, DECLINED, task.stage == "train"
         noisy = job.settings.private and job.settings.privacy.noise != "central" and trains
-        message = np.empty(0)
+        message, self.declined = np.empty(0), None
         try:
             if self._may_be_open(task):
                 level = SIGNED

@@ -6,15 +6,18 @@ same at all clients. scikit-learn and torch are imported only when they are used
 
 from __future__ import annotations
 
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parties.errors import LocalError
+from parties.errors import ColonnadeError, LocalError
 from vfl.horizontal.local import Correction, Mask, Objective, Plan, Trained, train
 from vfl.horizontal.strategies import Strategy
 from vfl.losses import Matrix, Vector
@@ -55,6 +58,19 @@ def require_compatible(strategy: Strategy, model: Model) -> None:
             f"{type(model).__name__} trains by itself, so this strategy cannot correct its steps; take fedavg, "
             "fedavgm, fedadagrad, fedadam or fedyogi, or a linear or torch model"
         )
+
+
+@contextmanager
+def own_code(what: str) -> Iterator[None]:
+    """Whatever our own code raises becomes a LocalError of one line that says where; its text may hold values."""
+    try:
+        yield
+    except ColonnadeError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}, line {frame.lineno}"
+        raise LocalError(f"{what} raised {type(error).__name__} ({place}); try it alone") from error
 
 
 class LinearModel:
@@ -101,7 +117,7 @@ class Estimator:
     def __init__(self, estimator: Any, x: Matrix, y: NDArray[Any], classes: Sequence[Any] = ()) -> None:
         from sklearn.base import clone
 
-        self.estimator, self._x, self._y, self._classes = clone(estimator), x, y, np.asarray(classes)
+        self.estimator, self._x, self._y, self._classes = clone(estimator), x, y, np.sort(np.asarray(classes))
         self.rows = len(y)
         self._partial, parameters = hasattr(estimator, "partial_fit"), estimator.get_params()
         self._seeded, name = "random_state" in parameters, type(estimator).__name__
@@ -148,17 +164,15 @@ class Estimator:
         return Trained(self.get(), self.rows)
 
     def evaluate(self) -> Score:
-        if not self.rows:
-            return Score(0)
-        predicted = self.estimator.predict(self._x)
-        if not len(self._classes):
-            return Score(self.rows, float(np.mean((predicted - self._y) ** 2)))
-        accuracy = float(np.mean(predicted == self._y))
-        if not hasattr(self.estimator, "predict_proba"):
-            return Score(self.rows, accuracy=accuracy)
-        place = np.searchsorted(self.estimator.classes_, self._y)
-        chances = self.estimator.predict_proba(self._x)[np.arange(self.rows), place]
-        return Score(self.rows, float(-np.mean(np.log(np.maximum(chances, np.finfo(float).tiny)))), accuracy)
+        return score(self.estimator, self._x, self._y, self._classes) if self.rows else Score(0)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What travels, by name, each as it is."""
+        names = ["coef_", "intercept_"]
+        if hasattr(self.estimator, "coefs_"):
+            places = range(len(self.estimator.coefs_))
+            names = [f"{name}.{place}" for name in ("coefs_", "intercepts_") for place in places]
+        return dict(zip(names, self._arrays(), strict=True))
 
     def _fit(self, x: Matrix, y: NDArray[Any], weight: Vector | None = None) -> None:
         from sklearn.exceptions import ConvergenceWarning
@@ -198,10 +212,14 @@ class TorchModel:
         self.rows = len(y)
 
     def get(self) -> Vector:
-        return _flat([value.detach().cpu().numpy() for value in self._parameters().values()])
+        return _flat([*self.arrays().values()])
 
     def set(self, weights: Vector) -> None:
         self.module.load_state_dict({**self.module.state_dict(), **self._slices(weights)})
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What travels, by name, each as it is."""
+        return {name: value.detach().cpu().numpy() for name, value in self._parameters().items()}
 
     def coordinates(self, prefix: str) -> Mask:
         """(size,): which weights belong to the parameters whose names begin so, such as "head."."""
@@ -279,6 +297,10 @@ class FlowerClient:
     def set(self, weights: Vector) -> None:
         self._parameters = _like(weights, self._parameters)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What travels, numbered, each as it is."""
+        return {str(place): one for place, one in enumerate(self._parameters)}
+
     def fit_local(self, plan: Plan, correction: Correction, seed: Sequence[int]) -> Trained:
         if correction.needed:
             raise LocalError("a Flower client trains by itself: no strategy can correct its steps")
@@ -292,6 +314,25 @@ class FlowerClient:
     def evaluate(self) -> Score:
         loss, rows, metrics = self._client.evaluate(self._parameters, self._config)
         return Score(int(rows), float(loss), float(metrics.get("accuracy", np.nan)))
+
+
+def score(estimator: Any, x: Matrix, y: NDArray[Any], classes: NDArray[Any]) -> Score:
+    """Of a fitted scikit-learn estimator: log loss and accuracy, or the mean squared error without classes."""
+    predicted = estimator.predict(x)
+    if not len(classes):
+        return Score(len(y), float(np.mean((predicted - y) ** 2)))
+    accuracy = float(np.mean(predicted == y))
+    if not hasattr(estimator, "predict_proba"):
+        return Score(len(y), accuracy=accuracy)
+    found = chances(estimator, x, classes)[np.arange(len(y)), np.searchsorted(classes, y)]
+    return Score(len(y), float(-np.mean(np.log(np.maximum(found, np.finfo(float).tiny)))), accuracy)
+
+
+def chances(estimator: Any, x: Matrix, classes: NDArray[Any]) -> Matrix:
+    """(n, classes): a fitted classifier's probabilities in the agreed order; 0 of classes that it has never met."""
+    found = np.zeros((len(x), len(classes)))
+    found[:, np.searchsorted(classes, estimator.classes_)] = estimator.predict_proba(x)
+    return found
 
 
 def _flat(arrays: Sequence[NDArray[Any]]) -> Vector:

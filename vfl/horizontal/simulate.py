@@ -20,6 +20,7 @@ from parties.errors import LocalError, PeerLost
 from parties.horizontal import Horizontal
 from parties.workers import Workers
 from vfl.horizontal.compression import compressor
+from vfl.horizontal.layout import shared
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.partition import Partition
@@ -65,8 +66,8 @@ def simulate(
     rows = [one if isinstance(one, Data) else None for one in clients]
     models = [None if isinstance(one, Data) else one for one in clients]
     names = [f"client-{place:0{len(str(len(rows) - 1))}}" for place in range(len(rows))]
-    if start is None and models and models[0] is not None and not settings.personal:
-        start = models[0].get()
+    if start is None and models and models[0] is not None:
+        start = models[0].get()[shared(settings, models[0])]
     if settings.secure:
         from vfl.horizontal.federated import train  # with the transport, which nobody else here needs
 

@@ -5,7 +5,7 @@ itself, and the server needs nothing but the sum of these vectors. Per strategy,
 
     FedSGD, FedAvg, FedAvgM, FedProx,
     FedAdagrad, FedAdam, FedYogi         rows * D, rows
-    FedDyn                               D, 1
+    FedDyn, distillation                 D, 1
     SCAFFOLD                             rows * D, rows * (new - old control variate), rows
 
 A state is a dictionary of arrays, each of the weights' size, so that a checkpoint is a file of arrays and any strategy
@@ -124,12 +124,14 @@ class Averaging:
     """The mean D over the rows, and a server step: FedAvg and its kin (McMahan et al., AISTATS 2017).
 
     `mu`: FedProx's pull to the received weights (Li et al., MLSys 2020). `gradient`: a client's one step has length 1
-    over all its rows, so that D is minus its gradient: FedSGD.
+    over all its rows, so that D is minus its gradient: FedSGD. `alike`: every client with rows counts the same,
+    however many it has, as in a consensus of predictions (FedMD: Li and Wang 2019, distillation.py).
     """
 
     server_step: Momentum | Adaptive = Momentum()
     mu: float = 0.0
     gradient: bool = False
+    alike: bool = False
     vectors: ClassVar[int] = 1
 
     @property
@@ -152,7 +154,8 @@ class Averaging:
         return Correction(pull=self.mu, anchor=received)
 
     def reply(self, received: Vector, client: State, trained: Trained) -> tuple[Vector, State]:
-        return np.append(trained.rows * (trained.weights - received), trained.rows), client
+        weight = min(trained.rows, 1) if self.alike else trained.rows
+        return np.append(weight * (trained.weights - received), weight), client
 
     def step(self, server: State, total: Vector, population: Population) -> State:
         return self.server_step.step(server, total[:-1] / total[-1])
@@ -246,6 +249,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedprox": lambda mu=0.01, rate=1.0: Averaging(Momentum(rate), mu),
     "feddyn": FedDyn,
     "scaffold": Scaffold,
+    "distillation": lambda: Averaging(alike=True),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,13 +14,14 @@ from parties.errors import LocalError
 from parties.horizontal import Horizontal
 from vfl.horizontal.categories import Categories, encode
 from vfl.horizontal.compression import compress, compressor
+from vfl.horizontal.layout import require_agreed, shared, with_shared
 from vfl.horizontal.local import LOSSES, Correction, Plan, Trained
-from vfl.horizontal.models import LinearModel, Model, Score
+from vfl.horizontal.models import LinearModel, Model, Score, own_code, require_compatible
 from vfl.horizontal.newton import column_sums
 from vfl.horizontal.privacy import clip
 from vfl.horizontal.round_messages import LEVELS, NOT_FINITE, TOO_LARGE, Task
 from vfl.horizontal.settings import Job, Schema
-from vfl.horizontal.strategies import Population, State, client_round
+from vfl.horizontal.strategies import Population, State, client_round, strategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +57,15 @@ def describe(settings: Horizontal, data: Data | None, model: Model | None) -> Sc
     if settings.model == "own":
         if model is None:
             raise LocalError("the agreement trains own models, and none was given")
-        shared = np.count_nonzero(_shared(settings, model))
+        require_compatible(strategy(settings.strategy, settings.parameters), model)
+        require_agreed(settings, model)
         return Schema(
-            model="own", size=int(shared), columns=data.names if data else (), rows=_told(settings, model.rows)
+            model="own",
+            size=int(np.count_nonzero(shared(settings, model))),
+            columns=data.names if data else (),
+            units=dict(data.units) if data else {},
+            rows=_told(settings, model.rows),
+            short="rows" if data and len(data.y) < settings.clients.minimum_rows else "",
         )
     if data is None:
         raise LocalError("no table was given to train on")
@@ -82,14 +90,6 @@ def describe(settings: Horizontal, data: Data | None, model: Model | None) -> Sc
 
 def _told(settings: Horizontal, rows: int) -> int:
     return rows if settings.clients.selection == "rows" else 0
-
-
-def _shared(settings: Horizontal, model: Model) -> NDArray[np.bool_]:
-    if not settings.personal:
-        return np.ones(len(model.get()), np.bool_)
-    if not hasattr(model, "coordinates"):
-        raise LocalError(f"{type(model).__name__} has no named parameters, so none of them can stay personal")
-    return ~np.asarray(model.coordinates(settings.personal), np.bool_)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Trainer:
 
     def answer(self, task: Task) -> NDArray[np.float64]:
         """What the sum needs, (job.length(stage, round),). Raises LocalError when it cannot be made."""
-        with np.errstate(over="ignore", invalid="ignore"):  # a rate that diverges: seen by its numbers
+        with np.errstate(over="ignore", invalid="ignore"), self._guarded():  # a rate that diverges: seen by its numbers
             return self._answer(task)
 
     def _answer(self, task: Task) -> NDArray[np.float64]:
@@ -170,18 +170,20 @@ class Trainer:
         """The task's weights on our test rows."""
         prefix, received = self._split(task)
         judge = self._prepare(task, prefix).judge
-        judge.set(self._whole(judge, received))
-        return judge.evaluate()
+        with self._guarded():
+            judge.set(self._whole(judge, received))
+            return judge.evaluate()
 
     def finish(self, task: Task) -> NDArray[np.float64]:
         """Our weights at the end, fine-tuned where that was agreed; an own model has them then."""
         prefix, received = self._split(task)
         model = self._prepare(task, prefix).model
-        model.set(self._whole(model, received))
         s = self.job.settings
-        if s.fine_tune:
-            model.fit_local(Plan(s.fine_tune, s.batch, s.rate), Correction(), (s.seed, s.rounds, self.number))
-        weights: NDArray[np.float64] = model.get()
+        with self._guarded():
+            model.set(self._whole(model, received))
+            if s.fine_tune:
+                model.fit_local(Plan(s.fine_tune, s.batch, s.rate), Correction(), (s.seed, s.rounds, self.number))
+            weights: NDArray[np.float64] = model.get()
         return weights
 
     def estimator(self, task: Task, weights: NDArray[np.float64]) -> Any:
@@ -191,6 +193,9 @@ class Trainer:
         return self.job.estimator(weights, task.round, scaling, task.rows)
 
     # ---- parts of it
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        return own_code("our own model") if self.job.settings.model == "own" else nullcontext()
 
     def _split(self, task: Task) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         cut = 2 * self.job.features if self.job.settings.standardise else 0
@@ -213,11 +218,7 @@ class Trainer:
         return self._prepared[1]
 
     def _whole(self, model: Model, received: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The received weights, and our own where they are personal."""
-        shared = _shared(self.job.settings, model)
-        weights = self.state.get("own", model.get()).copy()
-        weights[shared] = received[: np.count_nonzero(shared)]
-        return weights
+        return with_shared(self.job.settings, model, self.state.get("own", model.get()), received)
 
     def _tail(self, judge: Model, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """How good the weights are that the round begins with."""
@@ -229,8 +230,8 @@ class Trainer:
 
     def _update(self, task: Task, ours: _Prepared, received: NDArray[np.float64]) -> NDArray[np.float64]:
         s, job, model, private = self.job.settings, self.job, ours.model, self.job.settings.private
-        shared = _shared(s, model) if s.personal else None
-        part = job.part(task.round, shared)
+        travelling = shared(s, model) if s.personal else None
+        part = job.part(task.round, travelling)
         own = self.state.get("own", model.get())
         state = {name: values for name, values in self.state.items() if name not in ("memory", "own")}
         state = state or job.strategy.client(len(own))
@@ -243,14 +244,14 @@ class Trainer:
 
         tail = np.empty(0)
         if not private:
-            weights = own.copy() if shared is not None else np.zeros(job.size)
+            weights = own.copy() if travelling is not None else np.zeros(job.size)
             travels = part.travels
             weights[travels] = received[: np.count_nonzero(travels)]
             tail = self._tail(ours.judge, weights)
         share = population.share(self.rows)
         message, state, trained = client_round(job.strategy, part, received, own, state, share, fit)
         self.pending = dict(state)
-        if shared is not None:
+        if travelling is not None:
             self.pending["own"] = trained.weights.copy()
         if private:
             moved = message[:-1] / message[-1] if message[-1] else np.zeros(job.size)

@@ -77,11 +77,14 @@ Code = Annotated[str, Meta(pattern=r"^(.+\.py:\w+)?$")]
 
 
 class OwnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Our own code, "file.py:function", that builds a module of torch: of a network `bottom`, below a feature holder's
-    embedding, or `top`, at the label holder."""
+    """Our own code, "file.py:function". Of a network it builds a module of torch: `bottom`, below a feature holder's
+    embedding, or `top`, at the label holder. Of a horizontal job with model = "own" `file` builds the model; `public` is
+    our copy of the public table of a distillation."""
 
     bottom: Code = ""
     top: Code = ""
+    file: Code = ""
+    public: str = ""
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -162,7 +165,8 @@ class Party:
         if self.file.table.label and not self.is_label_holder:
             raise LocalError(f"{path}: the label holder, and nobody else, names a label in [table]")
         part, other = ("top", "bottom") if self.is_label_holder else ("bottom", "top")
-        if getattr(self.file.model, other) or (getattr(self.file.model, part) and not self.agreement.is_network):
+        wrong = getattr(self.file.model, other) or self.file.model.file or self.file.model.public
+        if wrong or (getattr(self.file.model, part) and not self.agreement.is_network):
             raise LocalError(f"{path}: [model] names our own {part} of a network, and nothing else")
         self.id_columns = self._id_columns()
         self._check_policy()
@@ -192,6 +196,10 @@ class Party:
         for name, unit in choice.units.items():
             if name in agreed.units and unit != agreed.units[name]:
                 raise Refused(f"{self.path}: our {name!r} is in {unit!r}, the agreement's in {agreed.units[name]!r}")
+        if bool(self.file.model.file) != (plan.model == "own"):
+            raise LocalError(f'{self.path}: [model] with file = "model.py:build" goes with model = "own", and only so')
+        if bool(self.file.model.public) != (plan.public is not None):
+            raise LocalError(f"{self.path}: public in [model] goes with [horizontal.public] of the agreement")
         if policy.secure_aggregation and not plan.secure:
             raise Refused("our policy wants secure aggregation; the agreement does without")
         epsilon = plan.privacy.epsilon if plan.privacy.level != "none" else None
@@ -235,6 +243,17 @@ class Party:
         choice = self.file.table
         place: str | Path = choice.path if "://" in choice.path else self._at(choice.path)
         return Source(place, choice.separator, choice.sql_table, choice.order_by)
+
+    @property
+    def public_source(self) -> Source:
+        """Where our copy of the public table is."""
+        return Source(self._at(self.file.model.public), self.file.table.separator)
+
+    @property
+    def model_file(self) -> tuple[Path, str]:
+        """Our own code: the file, and the function in it that builds the model."""
+        name, _, function = self.file.model.file.rpartition(":")
+        return self._at(name), function
 
     @property
     def escrow(self) -> PublicIdentity | None:

@@ -552,12 +552,6 @@ def test_a_client_that_vanishes_is_left_out_and_the_others_finish() -> None:
     assert results["bank"].gone == ("mill",)
 
 
-def test_an_own_model_is_for_python(tmp_path: Path) -> None:
-    paths = build(tmp_path, patients(3), horizontal='model = "own"\nstrategy = "fedavg"', sign=False)
-    with pytest.raises(LocalError, match="from Python"):
-        job.prepare(Party(paths["site0"]))
-
-
 def test_privacy_is_paid_from_one_file_beside_the_key_or_not_at_all(tmp_path: Path) -> None:
     private = {"strategy": "fedavg", "rounds": 1, "privacy": {"level": "client", "rows": 90}}
     results = outcomes(dict.fromkeys(NAMES, role(held(patients(3)))), star(private), IDENTITIES)

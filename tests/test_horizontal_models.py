@@ -177,7 +177,7 @@ class Flower:
 
     def __init__(self, x, y):
         self.model = LinearModel(Objective("multinomial", 13, 3), x, y)
-        self.seen = []
+        self.seen, self.rounds = [], []
 
     def get_parameters(self, config):
         weights = self.model.get()
@@ -185,6 +185,7 @@ class Flower:
 
     def fit(self, parameters, config):
         self.seen.append([(one.shape, one.dtype) for one in parameters])
+        self.rounds.append(config["server_round"])
         self.model.set(np.concatenate([one.ravel().astype(np.float64) for one in parameters]))
         self.model.fit_local(Plan(1, 0, config["rate"]), Correction(), (0,))
         return self.get_parameters(config), self.model.rows, {}
@@ -205,6 +206,7 @@ def test_a_flower_client_runs_unchanged():
     )
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)  # float32
     assert flowers[0].seen == [[((3, 13), np.float32), ((3,), np.float64)]] * 10
+    assert flowers[0].rounds == list(range(1, 11))
     assert models[0].rows == 130
     assert models[0].evaluate().rows == 130 and models[0].evaluate().accuracy > 0.9
 
@@ -221,7 +223,7 @@ def test_strategies_that_correct_need_a_model_that_can_be_corrected(name):
     x, y = wine()
     linear = LinearModel(Objective("multinomial", 13, 3), x, y)
     require_compatible(strategy(name), linear)
-    for model in (Estimator(LogisticRegression(), x, y, CLASSES), FlowerClient(Flower(x, y))):
+    for model in (Estimator(LogisticRegression(), x, y, CLASSES), FlowerClient(Flower(x, y), {"rate": 0.1})):
         if name in ("fedsgd", "fedprox", "feddyn", "scaffold"):
             with pytest.raises(LocalError, match="trains by itself"):
                 require_compatible(strategy(name), model)

@@ -11,6 +11,7 @@ from rich.table import Table
 from parties.agreement import Agreement
 from parties.errors import Refused
 from parties.files import make_folder, occupied
+from parties.horizontal import Horizontal
 from parties.party_file import Party
 from vfl.console import Watcher, logging_to, out
 
@@ -18,9 +19,13 @@ from vfl.console import Watcher, logging_to, out
 def check(party: Party) -> None:
     """Read our table and show what was agreed. Talks to nobody, sends nothing."""
     from vfl.horizontal.job import prepare
+    from vfl.horizontal.own import own_model
 
     data = prepare(party)
+    model = own_model(party, data)
     table = _agreed(party.agreement, party.name)
+    if model is not None:
+        table.add_row("our own model", f"{party.file.model.file}: what travels of it is as agreed")
     if data is not None:
         table.add_row("our rows", f"{len(data.y):,}, every agreed column is there and in order")
     try:
@@ -34,8 +39,9 @@ def check(party: Party) -> None:
 def sign(party: Party) -> None:
     """Approve the agreement as it stands, once our table goes with it."""
     from vfl.horizontal.job import prepare
+    from vfl.horizontal.own import own_model
 
-    prepare(party)
+    own_model(party, prepare(party))
     written = party.sign()
     out.print(_agreed(party.agreement, party.name))
     out.print(f"{party.name} approves this", soft_wrap=True)
@@ -67,10 +73,20 @@ def _agreed(agreement: Agreement, name: str) -> Table:
     listed = f": {', '.join(map(str, plan.classes))}" if plan.classes else ""
     table.add_row("label", columns.label + listed)
     table.add_row("model", f"{plan.model}, {plan.strategy}, at most {plan.rounds} rounds")
+    for row in _travelling(plan):
+        table.add_row(*row)
     table.add_row("quorum", f"{agreement.quorum} of {len(agreement.clients)} clients")
     for row in protection(plan):
         table.add_row(*row)
     return table
+
+
+def _travelling(plan: Horizontal) -> list[tuple[str, str]]:
+    """What leaves a client of own models."""
+    if plan.public is not None:
+        return [("predictions", f"of {plan.public.rows:,} public rows, digest {plan.public.digest}")]
+    each = [f"{one.name} {one.dtype}{list(one.shape)}" for one in plan.arrays]
+    return [("arrays", f"{len(each)}: {', '.join(each)}")] if each else []
 
 
 def run(party: Party, *, events: bool, resume: bool) -> None:
@@ -105,6 +121,10 @@ def simulate(
     data: Annotated[
         Path | None, typer.Option(help="CSV or Parquet with the job's [columns]; scikit-learn's digits without it.")
     ] = None,
+    model: Annotated[
+        str, typer.Option(help='Of own models: our code, as in "model.py:build"; every client trains one.')
+    ] = "",
+    public: Annotated[Path | None, typer.Option(help="Of a distillation: the public table.")] = None,
     out_folder: Annotated[Path, typer.Option("--out", help="Where the results go.")] = Path("out/simulation"),
     workers: Annotated[str, typer.Option(help="Processes; 0: one a core; or dask://host:8786.")] = "0",
 ) -> None:
@@ -114,11 +134,12 @@ def simulate(
 
     job = simulation.load(path)
     rows = simulation.digits() if data is None else simulation.table(job, data)
+    own = simulation.own_code(job, model, public)
     make_folder(out_folder)
     crew = Workers(int(workers) if workers.isdecimal() else workers)
     try:
         with Watcher() as watcher:
-            summary = simulation.run(job, rows, clients, partition, crew, watcher)
+            summary = simulation.run(job, rows, clients, partition, crew, watcher, own)
     finally:
         crew.close()
     drawn = simulation.write(out_folder, summary)

@@ -22,13 +22,16 @@ from vfl.horizontal.categories import Categories, codes
 from vfl.horizontal.checkpoint import Bound
 from vfl.horizontal.client import former_session, take_part
 from vfl.horizontal.coordinator import coordinate
+from vfl.horizontal.layout import shared, with_shared
+from vfl.horizontal.models import Model
 from vfl.horizontal.outcome import Outcome
+from vfl.horizontal.own import own_model
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.rounds import checked
 from vfl.horizontal.trainer import Data, describe
 
 CHECKPOINTS = ("coordinator.checkpoint", "client.checkpoint")
-LEFT = ("ledger.jsonl", "model.json", "summary.json", "report.html")
+LEFT = ("ledger.jsonl", "model.json", "weights.npz", "model.skops", "summary.json", "report.html")
 TASK = "train"
 
 
@@ -42,6 +45,7 @@ class Finished:
     seconds: dict[str, float]
     bytes_sent: dict[str, dict[str, int]]
     data: Data | None = field(repr=False)
+    model: Model | None = field(default=None, repr=False)
 
 
 def agreed(agreement: Agreement) -> tuple[Horizontal, Columns]:
@@ -59,8 +63,6 @@ def prepare(party: Party) -> Data | None:
     """
     plan, columns = agreed(party.agreement)
     checked(plan, len(party.agreement.clients), party.agreement.job.coordinator_trains)
-    if plan.model == "own":
-        raise LocalError("the command line trains logistic, linear and poisson; train an own model from Python")
     if not party.trains:
         return None
     choice = party.file.table
@@ -86,7 +88,7 @@ def read_rows(
     """
     ours = {name: names.get(name, name) for name in (*columns.features, columns.label)}
     label = ours[columns.label]
-    classified = plan.model == "logistic"
+    classified = plan.model == "logistic" or (plan.model == "own" and bool(plan.classes))
     words = [ours[name] for name in columns.categories] + [label] * classified
     table = read_table(source, [], [*ours.values()], categories=words, least=0)
     y = table.features[label]
@@ -121,10 +123,15 @@ def _classes(source: str, column: str, texts: NDArray[Any], classes: tuple[int |
 
 
 def train(
-    session: Session, data: Data | None, folder: Path | None = None, budget: PrivacyBudget | None = None
+    session: Session,
+    data: Data | None,
+    folder: Path | None = None,
+    budget: PrivacyBudget | None = None,
+    model: Model | None = None,
 ) -> Outcome:
     """The job in an open session, the same function at every party. `folder` keeps checkpoints, `budget` what privacy
-    has cost.
+    has cost. model: our own one, where own ones are agreed; it has the weights in the end, the coordinator's also gives
+    those to begin with.
 
     Reveals:
         To every party: what `coordinate` and `take_part` reveal; no more.
@@ -148,11 +155,15 @@ def train(
     }
     with session.phase("train"):
         if session.name != coordinator:
-            return take_part(session.channels[coordinator], session.me, identities, session.id, plan, data, **common)
-        back = partial(session.rejoined, plan.clients.deadline)
-        outcome = coordinate(
-            session.channels, session.me, identities, session.id, plan, own=data, rejoined=back, **common
-        )
+            return take_part(
+                session.channels[coordinator], session.me, identities, session.id, plan, data, model=model, **common
+            )
+        start = None if model is None else model.get()[shared(plan, model)]
+        common |= {"own": data, "model": None if data is None else model, "start": start}
+        common["rejoined"] = partial(session.rejoined, plan.clients.deadline)
+        outcome = coordinate(session.channels, session.me, identities, session.id, plan, **common)
+    if model is not None and data is None:
+        model.set(with_shared(plan, model, model.get(), outcome.weights))
     session.leave_out(outcome.gone)
     return outcome
 
@@ -166,6 +177,7 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
         LocalError: our table or our folder; nothing was sent. Refused, PeerLost, PeerAborted, ProtocolViolation.
     """
     approval, data, folder, former = party.approval, prepare(party), party.output, b""
+    model = own_model(party, data)
     if resume and not any((folder / name).exists() for name in CHECKPOINTS):
         note(f"{folder} has no checkpoint: we begin anew, or where the coordinator is")
     elif resume:
@@ -185,8 +197,8 @@ def run(party: Party, progress: Progress, note: Callable[[str], None], *, resume
     ) as session:
         set_aside(folder, LEFT if resume else (*LEFT, *CHECKPOINTS))  # not sooner: a job that goes on refuses us
         unopened.replace(folder / "ledger.jsonl")
-        outcome = train(session, data, folder, PrivacyBudget(budget_path(party), party.identity))
-    return _finished(session, outcome, data)
+        outcome = train(session, data, folder, PrivacyBudget(budget_path(party), party.identity), model)
+    return _finished(session, outcome, data, model)
 
 
 def budget_path(party: Party) -> Path:
@@ -194,7 +206,7 @@ def budget_path(party: Party) -> Path:
     return (party.path.parent / Path(party.file.key).expanduser()).with_suffix(".privacy.json")
 
 
-def _finished(session: Session, outcome: Outcome, data: Data | None) -> Finished:
+def _finished(session: Session, outcome: Outcome, data: Data | None, model: Model | None) -> Finished:
     """What is known after the close."""
     sent: dict[str, dict[str, int]] = {}
     for (peer, kind, _), size in session.ledger.bytes_sent.items():
@@ -202,4 +214,4 @@ def _finished(session: Session, outcome: Outcome, data: Data | None) -> Finished
         kinds[kind] = kinds.get(kind, 0) + size
     seconds = {name: round(value, 3) for name, value in session.seconds.items()}
     missing = {name: error.kind for name, error in session.missing.items()}
-    return Finished(session.id.hex(), outcome, missing, seconds, sent, data)
+    return Finished(session.id.hex(), outcome, missing, seconds, sent, data, model)

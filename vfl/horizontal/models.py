@@ -282,7 +282,8 @@ class TorchModel:
 class FlowerClient:
     """A client written for Flower: `get_parameters(config)`, `fit` and `evaluate(parameters, config)`, unchanged.
 
-    config: what the client's code reads, the same every round. Its rows are known once it has trained.
+    config: what the client's code reads, to which comes `server_round`, from 1 on: the rounds that we take part in. Its
+    rows are known once it has trained.
     """
 
     corrects: ClassVar[bool] = False
@@ -304,7 +305,8 @@ class FlowerClient:
     def fit_local(self, plan: Plan, correction: Correction, seed: Sequence[int]) -> Trained:
         if correction.needed:
             raise LocalError("a Flower client trains by itself: no strategy can correct its steps")
-        parameters, rows, _ = self._client.fit(self._parameters, self._config)
+        self._config["server_round"] = self._config.get("server_round", 0) + 1
+        parameters, rows, _ = self._client.fit(self._parameters, dict(self._config))
         arrays = [np.asarray(one) for one in parameters]
         if [one.shape for one in arrays] != [one.shape for one in self._parameters] or rows < 0:
             raise LocalError("fit returned arrays of other shapes than it was given, or fewer rows than none")
@@ -312,7 +314,7 @@ class FlowerClient:
         return Trained(self.get(), self.rows)
 
     def evaluate(self) -> Score:
-        loss, rows, metrics = self._client.evaluate(self._parameters, self._config)
+        loss, rows, metrics = self._client.evaluate(self._parameters, dict(self._config))
         return Score(int(rows), float(loss), float(metrics.get("accuracy", np.nan)))
 
 

@@ -17,6 +17,7 @@ from parties.party_file import Party
 from vfl.horizontal.job import Finished, agreed, budget_path
 from vfl.horizontal.newton import Exact
 from vfl.horizontal.outcome import Outcome
+from vfl.horizontal.own import save
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.share import HorizontalModel
 from vfl.pages import BOTTOM, LEFT, PAGES, RIGHT, TOP, Chart, Plot
@@ -33,19 +34,24 @@ _COLOURS = ("#1d4f7c", "#7a5200", "#1a6b3c", "#a3161f")
 
 
 def write_outcome(party: Party, finished: Finished, warnings: Sequence[str]) -> dict[str, Any]:
-    """Write model.json, summary.json and report.html into the party's output folder; returns the summary."""
+    """Write the model, summary.json and report.html into the party's output folder; returns the summary.
+
+    The model is model.json, or of an own one what `own.save` writes.
+    """
     folder, agreement = party.output, party.agreement
     plan, columns = agreed(agreement)
-    rounds = finished.outcome.earlier + len(finished.outcome.rounds)
-    exact = Exact(plan.model, len(columns.features), plan.classes, plan.C, plan.alpha, plan.fit_intercept)
-    HorizontalModel.of(
-        finished.outcome.model,
-        exact,
-        list(columns.features),
-        rounds,
-        agreement.digest.hex(),
-        finished.session,
-    ).save(folder / "model.json")
+    if finished.model is not None:
+        save(finished.model, folder)
+    else:
+        exact = Exact(plan.model, len(columns.features), plan.classes, plan.C, plan.alpha, plan.fit_intercept)
+        HorizontalModel.of(
+            finished.outcome.model,
+            exact,
+            list(columns.features),
+            finished.outcome.earlier + len(finished.outcome.rounds),
+            agreement.digest.hex(),
+            finished.session,
+        ).save(folder / "model.json")
     summary = summarise(party, finished, warnings)
     write_json(folder / "summary.json", summary)
     write_whole(folder / "report.html", render(summary, plan).encode())

@@ -265,8 +265,9 @@ def lead(
         progress("train", server.round, job.settings.rounds)
         chosen = job.choose(server.round, rows, [seconds[name] for name in leader.names])
         start = server.state
-        collected = leader.one_round([leader.names[i] for i in chosen], spending)
-        seconds |= collected.seconds
+        asked = [leader.names[i] for i in chosen]
+        collected = leader.one_round(asked, spending)
+        seconds |= dict.fromkeys(asked, np.inf) | dict(collected.seconds)  # who does not answer is the slowest
         parts = collected.parts
         if folder is not None:
             save(folder, leader)

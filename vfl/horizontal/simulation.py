@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ from parties.session import Progress
 from parties.tables import Source
 from parties.workers import Workers
 from vfl.horizontal.job import read_rows
+from vfl.horizontal.models import Model
 from vfl.horizontal.outcome import Outcome
+from vfl.horizontal.own import adapt, read_public
+from vfl.horizontal.own import load as load_code
 from vfl.horizontal.report import training, training_rows, write_curves
 from vfl.horizontal.simulate import deal, simulate
 from vfl.horizontal.trainer import Data
+
+Own = Callable[[Data], Model]
 
 
 class SimulatedJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,9 +42,23 @@ class SimulatedJob(msgspec.Struct, frozen=True, kw_only=True):
 def load(path: Path) -> SimulatedJob:
     """Raises LocalError that names the field."""
     job: SimulatedJob = parse_toml(path, SimulatedJob, "the job")
-    if job.horizontal.model == "own":
-        raise LocalError(f"{path}: the command line trains logistic, linear and poisson; own models from Python")
     return job
+
+
+def own_code(job: SimulatedJob, model: str, public: Path | None) -> Own | None:
+    """What every client makes of its rows, where the job trains own models. Raises LocalError."""
+    if (job.horizontal.model == "own") != bool(model) or (job.horizontal.public is None) != (public is None):
+        raise LocalError("own models need --model model.py:build, a distillation --public too; other jobs have neither")
+    if not model:
+        return None
+    place, _, function = model.rpartition(":")
+    build = load_code(Path(place), function)
+    if public is None:
+        return lambda rows: adapt(build, job.horizontal, rows)
+    if job.columns is None:
+        raise LocalError("the job has no [columns]; name features and label of the tables")
+    table = read_public(Source(public), job.columns.features)
+    return lambda rows: adapt(build, job.horizontal, rows, table)
 
 
 def digits() -> Data:
@@ -60,20 +80,27 @@ def table(job: SimulatedJob, path: Path) -> Data:
 
 
 def run(
-    job: SimulatedJob, rows: Data, clients: int, partition: str, workers: Workers, progress: Progress
+    job: SimulatedJob,
+    rows: Data,
+    clients: int,
+    partition: str,
+    workers: Workers,
+    progress: Progress,
+    own: Own | None = None,
 ) -> dict[str, Any]:
-    """Deal, train, and tell as plain values; with compression also without it, to compare.
+    """Deal, train, and tell as plain values; with compression also without it, to compare. own: what every client makes
+    of its rows, where the job trains own models.
 
     Raises LocalError, Refused, PeerLost.
     """
     parts = deal(rows, partition, clients, job.horizontal.seed)
     start = time.perf_counter()
-    outcome = simulate(job.horizontal, parts, workers=workers, progress=progress)
+    outcome = simulate(job.horizontal, _taking_part(parts, own), workers=workers, progress=progress)
     seconds = time.perf_counter() - start
     compression = None
     if job.horizontal.compression:
         plain = msgspec.structs.replace(job.horizontal, compression="")
-        compression = compared(outcome, simulate(plain, parts, workers=workers, progress=progress))
+        compression = compared(outcome, simulate(plain, _taking_part(parts, own), workers, progress=progress))
     sizes = [len(part.y) for part in parts]
     return {
         "title": job.title,
@@ -85,6 +112,10 @@ def run(
         "compression": compression,
         "seconds": round(seconds, 3),
     }
+
+
+def _taking_part(parts: list[Data], own: Own | None) -> list[Data] | list[Model]:
+    return parts if own is None else [own(part) for part in parts]
 
 
 def compared(packed: Outcome, plain: Outcome) -> dict[str, float | None]:

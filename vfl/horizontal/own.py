@@ -1,0 +1,156 @@
+"""An organisation's own model on the command line: its own code, named in its own file, never in the agreement and
+never from a peer. `[model] file = "model.py:build"` is a function in a file on this machine:
+
+    def build(x, y):              our rows, (n, d) float64 and (n,); without rows at a coordinator that has none
+        return ...                a scikit-learn estimator, a torch.nn.Module, or an object with Flower's methods
+
+What it returns is trained as the agreement says; what travels of it is what the agreement lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parties.errors import LocalError
+from parties.files import write_whole
+from parties.horizontal import Horizontal
+from parties.party_file import Party
+from parties.tables import Source, read_table
+from vfl.horizontal.distillation import Distilled, PublicTable
+from vfl.horizontal.layout import as_toml, layout, require_agreed
+from vfl.horizontal.models import Estimator, FlowerClient, Model, TorchModel, own_code
+from vfl.horizontal.trainer import Data
+
+Build = Callable[[Any, Any], Any]
+
+
+def load(path: Path, function: str) -> Build:
+    """The function of our own file. Raises LocalError: there is no such file or function, or the file itself fails."""
+    if not path.is_file():
+        raise LocalError(f"{path} is no file; [model] names our own code, file = 'model.py:build'")
+    name = f"colonnade_model_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise LocalError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and workers look a class's module up there
+    with own_code(str(path)):
+        spec.loader.exec_module(module)
+    build = getattr(module, function, None)
+    if not callable(build):
+        raise LocalError(f"{path} has no function {function!r}")
+    return build  # type: ignore[no-any-return]
+
+
+def read_public(source: Source, features: tuple[str, ...]) -> PublicTable:
+    """The public table, under the agreed names. Raises LocalError that names file, column and count."""
+    table = read_table(source, [], features)
+    return PublicTable(np.column_stack([table.features[name] for name in features]), features)
+
+
+def adapt(build: Build, plan: Horizontal, rows: Data, public: PublicTable | None = None) -> Model:
+    """What `build` makes for these rows, ready to train. Raises LocalError: it is no model that can take part."""
+    if public is not None and plan.public is not None:
+        return _distilled(build, plan, rows, public, plan.public.weight)
+    with own_code("our own model"):
+        built = build(rows.x, rows.y)
+    model: Model
+    if all(hasattr(built, method) for method in ("get_parameters", "fit", "evaluate")):
+        model = FlowerClient(built, plan.config)
+    elif hasattr(built, "named_parameters"):
+        model = _torch(built, plan, rows)
+    elif hasattr(built, "fit") and hasattr(built, "predict"):
+        model = Estimator(built, rows.x, rows.y, plan.classes)
+    else:
+        raise LocalError(
+            f"our own model is a {type(built).__name__}; build returns a scikit-learn estimator, a torch.nn.Module or "
+            "an object with get_parameters, fit and evaluate"
+        )
+    if not plan.arrays:
+        raise LocalError(f"[horizontal] must list what travels; our model has {as_toml(layout(plan, model))}")
+    require_agreed(plan, model)
+    return model
+
+
+def _distilled(build: Build, plan: Horizontal, rows: Data, public: PublicTable, weight: float) -> Distilled:
+    public.require(plan.public)
+    order = np.random.default_rng(plan.seed).permutation(len(rows.y))
+    cut = round(plan.test_fraction * len(order))
+    ours = rows.rows(np.sort(order[cut:]))
+    test = (rows.x[order[:cut]], rows.y[order[:cut]]) if cut else None
+    with own_code("our own model"):
+        built = build(ours.x, ours.y)
+        return Distilled(built, ours.x, ours.y, public, plan.classes, weight, test)
+
+
+def _torch(module: Any, plan: Horizontal, rows: Data) -> TorchModel:
+    """Rows and targets as tensors like the module's own parameters; the agreed loss."""
+    import torch
+    from torch.nn import functional
+
+    like = next(module.parameters())
+    kind = plan.loss or ("cross_entropy" if plan.classes else "squared")
+    if (kind == "cross_entropy") != bool(plan.classes):
+        raise LocalError("loss cross_entropy goes with classes in [horizontal], the others go without")
+    losses = {
+        "cross_entropy": functional.cross_entropy,
+        "squared": lambda outputs, y: functional.mse_loss(outputs.reshape(y.shape), y),
+        "poisson": lambda outputs, y: functional.poisson_nll_loss(outputs.reshape(y.shape), y),
+    }
+    if plan.classes:
+        y = torch.as_tensor(np.searchsorted(np.asarray(plan.classes), rows.y), device=like.device)
+    else:
+        y = torch.as_tensor(rows.y.astype(np.float64)).to(like)
+    return TorchModel(module, losses[kind], torch.as_tensor(rows.x).to(like), y)
+
+
+def own_model(party: Party, data: Data | None) -> Model | None:
+    """Our own model for our rows, where the agreement trains own ones; nothing has been sent yet.
+
+    Raises:
+        LocalError: our code, the public table or what travels is not as agreed, with the difference.
+    """
+    plan, columns = party.agreement.horizontal, party.agreement.columns
+    if plan is None or columns is None or plan.model != "own":
+        return None
+    public = read_public(party.public_source, columns.features) if plan.public else None
+    if public is not None:
+        _skops()
+    nothing = np.zeros(0, np.asarray(plan.classes).dtype) if plan.classes else np.zeros(0)
+    rows = data or Data(np.zeros((0, len(columns.features))), nothing, columns.features)
+    return adapt(load(*party.model_file), plan, rows, public)
+
+
+def save(model: Model, folder: Path) -> str:
+    """Write what was trained into `folder`; the file's name.
+
+    weights.npz: arrays by name, of a torch module its whole state, frozen body and buffers too. model.skops: the fitted
+    estimator of a distillation. Neither runs anything when it is read.
+    """
+    if isinstance(model, Distilled):
+        name, data = "model.skops", _skops().dumps(model.estimator)
+    else:
+        arrays = model.arrays()  # type: ignore[attr-defined]
+        if isinstance(model, TorchModel):
+            arrays = {key: value.cpu().numpy() for key, value in model.module.state_dict().items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        name, data = "weights.npz", buffer.getvalue()
+    write_whole(folder / name, data, mode=0o600)
+    return name
+
+
+def _skops() -> Any:
+    try:
+        import skops.io
+    except ImportError:
+        raise LocalError("a distilled model is kept as model.skops: install 'colonnade[skops]'") from None
+    return skops.io

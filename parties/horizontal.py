@@ -101,8 +101,9 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     fraction of columns that a round trains (federated dropout). personal: a torch model's parameters that stay each
     client's own, by the beginning of their names. fine_tune: epochs after the last round that only the client keeps.
     test_fraction: of each client's rows, kept from training, on which the model is scored (0: on all rows).
-    Of own models: arrays, all that travels, in order; loss of a torch module ("": cross entropy where classes are
-    listed, squared otherwise); config, what a Flower client's code reads; public, the table of a distillation.
+    Of own models: arrays, all that travels, in order; frozen, the digest of what a torch module does not train, and its
+    loss ("": cross entropy where classes are listed, squared otherwise); config, what a Flower client's code reads;
+    public, the table of a distillation.
     """
 
     model: Literal["logistic", "linear", "poisson", "own"] = "logistic"
@@ -143,6 +144,7 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     fine_tune: Whole = 0
     leave_one_out: bool = False
     arrays: tuple[Array, ...] = ()
+    frozen: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")] = ""
     loss: Literal["", "cross_entropy", "squared", "poisson"] = ""
     config: dict[str, bool | int | float | str] = {}
     public: Public | None = None
@@ -231,16 +233,21 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
                 "an own model standardises and tests by itself; set neither standardise nor test_fraction",
             ),
             (
-                not own and (distils or self.arrays or self.loss or self.config),
-                'distillation, arrays, loss and config are of own models; set model = "own"',
+                not own and (distils or self.arrays or self.frozen or self.loss or self.config),
+                'distillation, arrays, frozen, loss and config are of own models; set model = "own"',
+            ),
+            (
+                self.frozen and not self.arrays,
+                "frozen goes with arrays: with the digest of what stays, the list of what travels",
             ),
             (
                 distils != (self.public is not None),
                 'strategy "distillation" needs [horizontal.public], and no other does: rows and digest of the table',
             ),
             (
-                distils and (self.arrays or self.personal or self.fine_tune or self.loss or self.config),
-                "in a distillation every client keeps its own model: no arrays, personal part, fine_tune, loss, config",
+                distils and (self.arrays or self.frozen or self.personal or self.fine_tune or self.loss or self.config),
+                "in a distillation every client keeps its own model: no arrays, frozen or personal part, "
+                "fine_tune, loss, config",
             ),
             *self._contradicting_privacy(own, ruled, noise),
         ]

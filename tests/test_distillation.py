@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,6 +204,23 @@ def test_labels_may_be_text_and_robust_rules_and_compression_go_with_it() -> Non
         assert models[0].estimator.score(test[0], names[test[1]]) > 0.5
 
 
+def test_clients_remember_nothing_so_that_a_restart_ends_where_an_undisturbed_run_does(tmp_path: Path) -> None:
+    parts, public, _ = digits()
+
+    def models() -> list[Distilled]:
+        return [Distilled(GaussianNB(var_smoothing=0.01), *part, public, range(10)) for part in parts]
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if done == 2:
+            raise InterruptedError
+
+    agreed = plan(public, 3, secure_aggregation="none")
+    with pytest.raises(InterruptedError):
+        simulate(agreed, models(), progress=stop, folder=tmp_path)
+    again = simulate(agreed, models(), folder=tmp_path)
+    np.testing.assert_array_equal(again.weights, simulate(agreed, models()).weights)
+
+
 # ---- what is refused
 
 
@@ -211,9 +229,12 @@ def test_another_public_table_is_refused_with_the_difference() -> None:
     changed = public.x.copy()
     changed[7, 7] += 1e-9
     for other, reason in (
-        (PublicTable(public.x[1:], public.names), "399 rows where 400 are agreed"),
-        (PublicTable(changed, public.names), f"other values: its digest is .*the agreement's {public.agreed.digest}"),
-        (PublicTable(public.x, (*public.names[1:], "x0")), "other values: its digest"),
+        (PublicTable(public.x[1:], public.names), "has 399 rows and the digest .* the agreement's 400"),
+        (
+            PublicTable(changed, public.names),
+            f"400 rows and the digest .*the agreement's 400 and {public.agreed.digest}",
+        ),
+        (PublicTable(public.x, (*public.names[1:], "x0")), "400 rows and the digest"),
     ):
         models = {
             f"c{i}": Distilled(GaussianNB(), x, y, other if i == 2 else public, range(10))

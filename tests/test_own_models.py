@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression, SGDClassifier
 
 from parties.errors import LocalError
 from parties.horizontal import Array, Horizontal
-from parties.memory import play
+from parties.memory import MemoryLink, play
+from parties.message import name_of, parse_header
 from parties.party_file import Party
 from parties.session import Session
 from tests.conftest import IDENTITIES, NAMES
@@ -21,7 +22,7 @@ from tests.test_horizontal_job import FEATURES, build, patients, said, star, sum
 from tests.world import colonnade, together
 from vfl.horizontal import job
 from vfl.horizontal.distillation import PublicTable
-from vfl.horizontal.layout import as_toml, layout, require_agreed
+from vfl.horizontal.layout import as_toml, frozen, layout, require_agreed
 from vfl.horizontal.models import Estimator
 from vfl.horizontal.own import adapt, load, own_model, save
 from vfl.horizontal.trainer import Data, describe
@@ -151,7 +152,11 @@ def test_a_distillation_in_the_session_ends_with_every_partys_own_model_and_a_st
         data, model = ours[session.name]
         return job.train(session, data, model=model)
 
-    outcomes = play(dict.fromkeys(NAMES, role), agreement, identities=IDENTITIES)
+    recorded: dict[str, dict[str, MemoryLink]] = {}
+    outcomes = play(dict.fromkeys(NAMES, role), agreement, identities=IDENTITIES, recorded=recorded)
+    for name in NAMES[1:]:  # predictions leave under masks alone
+        sent = {name_of(parse_header(head).kind) for head, _ in recorded[name]["bank"].sent}
+        assert "MaskedInput" in sent and "Update" not in sent
     assert outcomes["bank"].clients["mill"].after.rows == 6
     fresh = np.random.default_rng(1).normal(size=(500, 3))
     truth = np.where(fresh @ [1.0, -1.0, 0.5] > 0, "yes", "no")
@@ -165,7 +170,7 @@ def test_a_distillation_in_the_session_ends_with_every_partys_own_model_and_a_st
     assert ours["bank"][1].estimator.score(fresh, truth) > 0.8
     file = tmp_path / "public.csv"
     file.write_text("\n".join(file.read_text().splitlines()[:-1]))
-    assert "79 rows where 80 are agreed" in said(2, "check", paths["site0"])
+    assert "has 79 rows and the digest" in said(2, "check", paths["site0"])
 
 
 # ---- before anything is sent
@@ -270,8 +275,17 @@ def test_a_torch_module_is_loaded_and_its_head_can_stay_personal(tmp_path: Path)
     rows = Data(generator.normal(size=(20, 3)), np.array(["no", "yes"] * 10), FEATURES)
     plan: dict[str, Any] = {"model": "own", "strategy": "fedprox", "classes": ("no", "yes")}
     arrays = (Array(name="0.bias", shape=(4,)), Array(name="2.weight", shape=(2, 4)), Array(name="2.bias", shape=(2,)))
+    with pytest.raises(LocalError, match=r'shape = \[2\], dtype = "float32" }\], frozen = "[0-9a-f]{64}"') as error:
+        adapt(make, Horizontal(**plan), rows)
+    plan["frozen"] = str(error.value)[-65:-1]
+    with pytest.raises(LocalError, match=f"has the digest {plan['frozen']}, the agreement's 0{{64}}: another body"):
+        adapt(make, Horizontal(**(plan | {"frozen": "0" * 64}), arrays=arrays), rows)
     model = adapt(make, Horizontal(**plan, arrays=arrays), rows)
+    plan.pop("frozen")
     assert layout(Horizontal(**plan), model) == arrays
+    digest = frozen(Horizontal(**plan), model)
+    assert frozen(Horizontal(**plan, personal="0."), model) == ""
+    plan["frozen"] = digest
     personal = Horizontal(**plan, arrays=arrays[:1], personal="2.")
     require_agreed(personal, adapt(make, personal, rows))
     logits = make(rows.x, rows.y)(torch.as_tensor(rows.x, dtype=torch.float32))

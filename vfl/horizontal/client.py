@@ -147,7 +147,7 @@ def take_part(
                 rounds.append(Round(task.round, np.nan, np.nan, (me.name,) if kept else (), missing))
     except PeerAborted:
         if end.declined is not None:
-            raise end.declined from None
+            raise end.declined from end.declined.__cause__
         raise
     weights = trainer.finish(task)
     estimator = trainer.estimator(task, weights)

@@ -41,15 +41,12 @@ class PublicTable:
         values = np.ascontiguousarray(self.x, "<f8").tobytes()
         return Public(rows=len(self.x), digest=hashlib.sha256(b"colonnade/public/1" + head + values).hexdigest())
 
-    def require(self, agreed: Public | None) -> None:
+    def require(self, agreed: Public) -> None:
         """Raises LocalError: another table than the agreed one, with the difference."""
-        if agreed is None or agreed.rows != len(self.x):
-            wanted = "none is" if agreed is None else f"{agreed.rows} are"
-            raise LocalError(f"our public table has {len(self.x)} rows where {wanted} agreed; copy the agreed one")
-        if agreed.digest != self.agreed.digest:
+        if (agreed.rows, agreed.digest) != (self.agreed.rows, self.agreed.digest):
             raise LocalError(
-                f"our public table has as many rows as agreed and other values: its digest is {self.agreed.digest}, "
-                f"the agreement's {agreed.digest}; copy the agreed one"
+                f"our public table has {len(self.x)} rows and the digest {self.agreed.digest}, the agreement's "
+                f"{agreed.rows} and {agreed.digest}; copy the agreed table"
             )
 
 

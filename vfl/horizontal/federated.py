@@ -77,7 +77,8 @@ def train(
     try:
         return coordinate(channels, identities[HUB], roll, session, settings, start=start, progress=progress)
     except (PeerAborted, PeerLost) as error:
-        raise next((own for own in failed if not isinstance(own, (PeerAborted, PeerLost))), error) from None
+        first = next((own for own in failed if not isinstance(own, (PeerAborted, PeerLost))), error)
+        raise first from first.__cause__  # where an own model's code failed
     finally:
         for name in clients:
             channels[name].abort("error")  # who still listens need not wait; who is done does not

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+
+import msgspec
 import numpy as np
 
 from parties.errors import LocalError
@@ -36,12 +39,25 @@ def layout(settings: Horizontal, model: Model) -> tuple[Array, ...]:
     return tuple(Array(name=name, shape=one.shape, dtype=one.dtype.name) for name, one in named.items())
 
 
+def frozen(settings: Horizontal, model: Model) -> str:
+    """The digest of what a torch module does not train, but for what is personal; empty where that is nothing."""
+    named = model.frozen() if hasattr(model, "frozen") else {}
+    named = {name: one for name, one in named.items() if not _personal(settings, name)}
+    digest = hashlib.sha256(b"colonnade/frozen/1")
+    for name, one in named.items():
+        digest.update(
+            msgspec.json.encode([name, one.dtype.name, one.shape]) + one.astype(one.dtype.newbyteorder("<")).tobytes()
+        )
+    return digest.hexdigest() if named else ""
+
+
 def _personal(settings: Horizontal, name: str) -> bool:
     return bool(settings.personal) and name.startswith(settings.personal)
 
 
 def require_agreed(settings: Horizontal, model: Model) -> None:
-    """Raises LocalError: the public table or an array of the model is not the agreed one; the text has the difference.
+    """Raises LocalError: the public table, an array of the model or its frozen body is not the agreed one; the text has
+    the difference.
 
     Where the agreement lists no arrays, only their size is compared, with the other parties'.
     """
@@ -64,11 +80,18 @@ def require_agreed(settings: Horizontal, model: Model) -> None:
         who = "the agreement lacks" if len(ours) > len(settings.arrays) else "our model lacks"
         raise LocalError(f"{who} {_shown(more)}: {len(ours)} arrays of ours, {len(settings.arrays)} agreed; align them")
 
+    if settings.frozen != (digest := frozen(settings, model)):
+        agreed = settings.frozen or "none"
+        raise LocalError(
+            f"what our model does not train has the digest {digest or 'none'}, the agreement's {agreed}: another body; "
+            "take the same one"
+        )
 
-def as_toml(arrays: tuple[Array, ...]) -> str:
-    """The line of [horizontal] that lists them."""
+
+def as_toml(arrays: tuple[Array, ...], body: str = "") -> str:
+    """What [horizontal] says of them, and of a frozen body with this digest, as an inline table has it."""
     each = (f'{{ name = "{one.name}", shape = {list(one.shape)}, dtype = "{one.dtype}" }}' for one in arrays)
-    return f"arrays = [{', '.join(each)}]"
+    return f"arrays = [{', '.join(each)}]" + (f', frozen = "{body}"' if body else "")
 
 
 def _shown(one: Array) -> str:

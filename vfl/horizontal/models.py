@@ -221,6 +221,11 @@ class TorchModel:
         """What travels, by name, each as it is."""
         return {name: value.detach().cpu().numpy() for name, value in self._parameters().items()}
 
+    def frozen(self) -> dict[str, NDArray[Any]]:
+        """The parameters that are not trained, by name."""
+        named = self.module.named_parameters()
+        return {name: value.detach().cpu().numpy() for name, value in named if not value.requires_grad}
+
     def coordinates(self, prefix: str) -> Mask:
         """(size,): which weights belong to the parameters whose names begin so, such as "head."."""
         parameters = self._parameters()

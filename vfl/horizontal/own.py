@@ -21,11 +21,11 @@ import numpy as np
 
 from parties.errors import LocalError
 from parties.files import write_whole
-from parties.horizontal import Horizontal
+from parties.horizontal import Horizontal, Public
 from parties.party_file import Party
 from parties.tables import Source, read_table
 from vfl.horizontal.distillation import Distilled, PublicTable
-from vfl.horizontal.layout import as_toml, layout, require_agreed
+from vfl.horizontal.layout import as_toml, frozen, layout, require_agreed
 from vfl.horizontal.models import Estimator, FlowerClient, Model, TorchModel, own_code
 from vfl.horizontal.trainer import Data
 
@@ -59,7 +59,7 @@ def read_public(source: Source, features: tuple[str, ...]) -> PublicTable:
 def adapt(build: Build, plan: Horizontal, rows: Data, public: PublicTable | None = None) -> Model:
     """What `build` makes for these rows, ready to train. Raises LocalError: it is no model that can take part."""
     if public is not None and plan.public is not None:
-        return _distilled(build, plan, rows, public, plan.public.weight)
+        return _distilled(build, plan, rows, public, plan.public)
     with own_code("our own model"):
         built = build(rows.x, rows.y)
     model: Model
@@ -75,20 +75,21 @@ def adapt(build: Build, plan: Horizontal, rows: Data, public: PublicTable | None
             "an object with get_parameters, fit and evaluate"
         )
     if not plan.arrays:
-        raise LocalError(f"[horizontal] must list what travels; our model has {as_toml(layout(plan, model))}")
+        ours = as_toml(layout(plan, model), frozen(plan, model))
+        raise LocalError(f"[horizontal] must list what travels; our model has {ours}")
     require_agreed(plan, model)
     return model
 
 
-def _distilled(build: Build, plan: Horizontal, rows: Data, public: PublicTable, weight: float) -> Distilled:
-    public.require(plan.public)
+def _distilled(build: Build, plan: Horizontal, rows: Data, public: PublicTable, agreed: Public) -> Distilled:
+    public.require(agreed)
     order = np.random.default_rng(plan.seed).permutation(len(rows.y))
     cut = round(plan.test_fraction * len(order))
     ours = rows.rows(np.sort(order[cut:]))
     test = (rows.x[order[:cut]], rows.y[order[:cut]]) if cut else None
     with own_code("our own model"):
         built = build(ours.x, ours.y)
-        return Distilled(built, ours.x, ours.y, public, plan.classes, weight, test)
+        return Distilled(built, ours.x, ours.y, public, plan.classes, agreed.weight, test)
 
 
 def _torch(module: Any, plan: Horizontal, rows: Data) -> TorchModel:

@@ -86,13 +86,15 @@ def simulate(
 
 
 class Answer(NamedTuple):
-    """Of one client to one task: its numbers, what it keeps if they count, their level, and what its message takes."""
+    """Of one client to one task: its numbers, what it keeps if they count, their level, what its message takes, and why
+    there are none."""
 
     message: NDArray[np.float64]
     pending: State
     level: int
     packed: NDArray[np.uint8] | None
     seconds: float
+    reason: str = ""
 
 
 @dataclass(eq=False)
@@ -111,7 +113,7 @@ class Fleet:
         for name, answer in zip(names, self._answers(task, names), strict=True):
             seconds[name] = answer.seconds
             if answer.level >= len(LEVELS):
-                missing[name] = REASONS[answer.level]
+                missing[name] = answer.reason or REASONS[answer.level]
                 continue
             self.trainers[name].pending = answer.pending
             message = answer.message
@@ -171,8 +173,9 @@ def _answer(task: Task, trainer: Trainer) -> Answer:
     start = time.perf_counter()
     try:
         message = trainer.answer(task)
-    except LocalError:
-        return Answer(np.empty(0), {}, DECLINED, None, time.perf_counter() - start)
+    except LocalError as error:
+        reason = f"it could not train: {error}"
+        return Answer(np.empty(0), {}, DECLINED, None, time.perf_counter() - start, reason)
     level = trainer.level(message)
     return Answer(message, trainer.pending, level, trainer.packed, time.perf_counter() - start)
 

@@ -254,6 +254,7 @@ def test_another_public_table_is_refused_with_the_difference() -> None:
         (make_pipeline(StandardScaler(), KNeighborsClassifier()), range(10), 1.0, "Pipeline lacks"),
         (KNeighborsRegressor(), (), 0.5, "takes no sample_weight"),
         (GaussianNB(), range(5), 1.0, "none of the agreed classes"),
+        (object(), range(10), 1.0, "a distillation takes scikit-learn's estimators, and object is none"),
     ],
 )
 def test_estimators_that_cannot_learn_so_are_refused(estimator: Any, classes: Any, weight: float, reason: str) -> None:

@@ -134,7 +134,7 @@ def simulate(
 
     job = simulation.load(path)
     rows = simulation.digits() if data is None else simulation.table(job, data)
-    own = simulation.own_code(job, model, public)
+    own = simulation.own_models(job, model, public)
     make_folder(out_folder)
     crew = Workers(int(workers) if workers.isdecimal() else workers)
     try:

@@ -75,6 +75,8 @@ class Distilled:
         weight: float = 1.0,
         test: tuple[Matrix, NDArray[Any]] | None = None,
     ) -> None:
+        if not (hasattr(estimator, "fit") and hasattr(estimator, "predict")):
+            raise LocalError(f"a distillation takes scikit-learn's estimators, and {type(estimator).__name__} is none")
         self.public, self.rows = public, len(y)
         self._given, self._x, self._y, self._weight = estimator, x, y, weight
         self._classes = np.sort(np.asarray(classes))
@@ -125,20 +127,25 @@ class Distilled:
         from sklearn.base import clone
         from sklearn.dummy import DummyClassifier
 
-        fitted = clone(self._given)
-        if not self._consensus.any():
-            if not self.rows:
-                raise LocalError("a student without rows needs the others' predictions")
-            one_class = len(self._classes) and len(np.unique(self._y)) < 2
-            return (DummyClassifier() if one_class else fitted).fit(self._x, self._y)
-        labels, each = (self._classes, len(self._classes)) if len(self._classes) else (self._consensus, 1)
-        soft = np.clip(self._consensus, 0, 1) if len(self._classes) else np.ones(len(self._consensus))
-        x = np.vstack([self._x, np.repeat(self.public.x, each, axis=0)])
-        y = np.concatenate([self._y, np.resize(labels, len(soft))])
-        weight = np.append(np.ones(self.rows), self._weight * soft)
+        x, y, weights = self._x, self._y, {}
+        if self._consensus.any():
+            x, y, weights = self._taught()
+        elif not self.rows:
+            raise LocalError("a student without rows needs the others' predictions")
+        alone = len(self._classes) and len(np.unique(y)) < 2  # of one class there is nothing to learn
+        return (DummyClassifier() if alone else clone(self._given)).fit(x, y, **weights)
+
+    def _taught(self) -> tuple[Matrix, NDArray[Any], dict[str, Vector]]:
+        """Our rows, then the public ones with the consensus, and what all weigh where the estimator takes that."""
+        if len(self._classes):
+            soft, each = np.clip(self._consensus, 0, 1), len(self._classes)
+            targets = np.tile(self._classes, len(self.public.x))
+        else:
+            soft, each, targets = np.ones(len(self._consensus)), 1, self._consensus
         taken = np.append(np.ones(self.rows, np.bool_), soft > SMALLEST)
-        weights = {self._takes: weight[taken]} if self._takes else {}
-        return fitted.fit(x[taken], y[taken], **weights)
+        x = np.vstack([self._x, np.repeat(self.public.x, each, axis=0)])[taken]
+        weight = np.append(np.ones(self.rows), self._weight * soft)[taken]
+        return x, np.concatenate([self._y, targets])[taken], {self._takes: weight} if self._takes else {}
 
 
 def _weight_name(estimator: Any) -> str:

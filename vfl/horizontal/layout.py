@@ -79,7 +79,6 @@ def require_agreed(settings: Horizontal, model: Model) -> None:
         more = (ours if len(ours) > len(settings.arrays) else settings.arrays)[min(len(ours), len(settings.arrays))]
         who = "the agreement lacks" if len(ours) > len(settings.arrays) else "our model lacks"
         raise LocalError(f"{who} {_shown(more)}: {len(ours)} arrays of ours, {len(settings.arrays)} agreed; align them")
-
     if settings.frozen != (digest := frozen(settings, model)):
         agreed = settings.frozen or "none"
         raise LocalError(

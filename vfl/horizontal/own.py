@@ -61,24 +61,25 @@ def adapt(build: Build, plan: Horizontal, rows: Data, public: PublicTable | None
     if public is not None and plan.public is not None:
         return _distilled(build, plan, rows, public, plan.public)
     with own_code("our own model"):
-        built = build(rows.x, rows.y)
-    model: Model
-    if all(hasattr(built, method) for method in ("get_parameters", "fit", "evaluate")):
-        model = FlowerClient(built, plan.config)
-    elif hasattr(built, "named_parameters"):
-        model = _torch(built, plan, rows)
-    elif hasattr(built, "fit") and hasattr(built, "predict"):
-        model = Estimator(built, rows.x, rows.y, plan.classes)
-    else:
-        raise LocalError(
-            f"our own model is a {type(built).__name__}; build returns a scikit-learn estimator, a torch.nn.Module or "
-            "an object with get_parameters, fit and evaluate"
-        )
+        model = _model(build(rows.x, rows.y), plan, rows)
     if not plan.arrays:
         ours = as_toml(layout(plan, model), frozen(plan, model))
         raise LocalError(f"[horizontal] must list what travels; our model has {ours}")
     require_agreed(plan, model)
     return model
+
+
+def _model(built: Any, plan: Horizontal, rows: Data) -> Model:
+    if all(hasattr(built, method) for method in ("get_parameters", "fit", "evaluate")):
+        return FlowerClient(built, plan.config)
+    if hasattr(built, "named_parameters"):
+        return _torch(built, plan, rows)
+    if hasattr(built, "fit") and hasattr(built, "predict"):
+        return Estimator(built, rows.x, rows.y, plan.classes)
+    raise LocalError(
+        f"our own model is a {type(built).__name__}; build returns a scikit-learn estimator, a torch.nn.Module or "
+        "an object with get_parameters, fit and evaluate"
+    )
 
 
 def _distilled(build: Build, plan: Horizontal, rows: Data, public: PublicTable, agreed: Public) -> Distilled:

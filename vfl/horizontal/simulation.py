@@ -45,7 +45,7 @@ def load(path: Path) -> SimulatedJob:
     return job
 
 
-def own_code(job: SimulatedJob, model: str, public: Path | None) -> Own | None:
+def own_models(job: SimulatedJob, model: str, public: Path | None) -> Own | None:
     """What every client makes of its rows, where the job trains own models. Raises LocalError."""
     if (job.horizontal.model == "own") != bool(model) or (job.horizontal.public is None) != (public is None):
         raise LocalError("own models need --model model.py:build, a distillation --public too; other jobs have neither")

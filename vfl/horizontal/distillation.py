@@ -127,7 +127,8 @@ class Distilled:
         from sklearn.base import clone
         from sklearn.dummy import DummyClassifier
 
-        x, y, weights = self._x, self._y, {}
+        x, y = self._x, self._y
+        weights: dict[str, Vector] = {}
         if self._consensus.any():
             x, y, weights = self._taught()
         elif not self.rows:

@@ -80,9 +80,9 @@ def require_agreed(settings: Horizontal, model: Model) -> None:
         who = "the agreement lacks" if len(ours) > len(settings.arrays) else "our model lacks"
         raise LocalError(f"{who} {_shown(more)}: {len(ours)} arrays of ours, {len(settings.arrays)} agreed; align them")
     if settings.frozen != (digest := frozen(settings, model)):
-        agreed = settings.frozen or "none"
+        theirs = settings.frozen or "none"
         raise LocalError(
-            f"what our model does not train has the digest {digest or 'none'}, the agreement's {agreed}: another body; "
+            f"what our model does not train has the digest {digest or 'none'}, the agreement's {theirs}: another body; "
             "take the same one"
         )
 

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 from parties.horizontal import Horizontal  # noqa: E402
 from vfl.horizontal.federated import train  # noqa: E402
 from vfl.horizontal.models import TorchModel  # noqa: E402
+from vfl.horizontal.simulate import simulate  # noqa: E402
 
 LOSS = torch.nn.functional.cross_entropy
 ROWS = (12, 30, 20)
@@ -141,3 +142,17 @@ def test_a_head_on_a_frozen_body_may_be_fine_tuned_at_the_client_alone() -> None
         LOSS(tuned(clients()[2][0]), clients()[2][1]).backward()
         optimiser.step()
     np.testing.assert_allclose(models["c2"].module.head.weight.detach(), tuned.head.weight.detach(), rtol=0, atol=1e-10)
+
+
+def test_a_simulation_begins_with_the_first_clients_body_and_leaves_the_heads_alone() -> None:
+    def models() -> list[TorchModel]:
+        torch.manual_seed(4)
+        return [TorchModel(Net(), LOSS, *part) for part in clients()]
+
+    played, simulated = models(), models()
+    start = played[0].get()[~played[0].coordinates("head.")]
+    agreed = settings("none", personal="head.")
+    outcome = train({f"client-{i}": one for i, one in enumerate(played)}, agreed, start=start)
+    np.testing.assert_array_equal(simulate(agreed, simulated).weights, outcome.weights)
+    for one, other in zip(simulated, played, strict=True):
+        np.testing.assert_array_equal(one.get(), other.get())

@@ -82,11 +82,16 @@ def _agreed(agreement: Agreement, name: str) -> Table:
 
 
 def _travelling(plan: Horizontal) -> list[tuple[str, str]]:
-    """What leaves a client of own models."""
+    """What leaves a client of own models, and what stays."""
     if plan.public is not None:
         return [("predictions", f"of {plan.public.rows:,} public rows, digest {plan.public.digest}")]
     each = [f"{one.name} {one.dtype}{list(one.shape)}" for one in plan.arrays]
-    return [("arrays", f"{len(each)}: {', '.join(each)}")] if each else []
+    rows = [
+        ("arrays", f"{len(each)}: {', '.join(each)}" if each else ""),
+        ("frozen body", plan.frozen),
+        ("personal", f"{plan.personal}*" if plan.personal else ""),
+    ]
+    return [(name, value) for name, value in rows if value]
 
 
 def run(party: Party, *, events: bool, resume: bool) -> None:

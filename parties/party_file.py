@@ -78,8 +78,8 @@ Code = Annotated[str, Meta(pattern=r"^(.+\.py:\w+)?$")]
 
 class OwnModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Our own code, "file.py:function". Of a network it builds a module of torch: `bottom`, below a feature holder's
-    embedding, or `top`, at the label holder. Of a horizontal job with model = "own" `file` builds the model; `public` is
-    our copy of the public table of a distillation."""
+    embedding, or `top`, at the label holder. Of a horizontal job with model = "own" `file` builds the model, and
+    `public` is our copy of the public table of a distillation."""
 
     bottom: Code = ""
     top: Code = ""
@@ -248,12 +248,6 @@ class Party:
     def public_source(self) -> Source:
         """Where our copy of the public table is."""
         return Source(self._at(self.file.model.public), self.file.table.separator)
-
-    @property
-    def model_file(self) -> tuple[Path, str]:
-        """Our own code: the file, and the function in it that builds the model."""
-        name, _, function = self.file.model.file.rpartition(":")
-        return self._at(name), function
 
     @property
     def escrow(self) -> PublicIdentity | None:

@@ -24,8 +24,9 @@ from vfl.horizontal import job
 from vfl.horizontal.distillation import PublicTable
 from vfl.horizontal.layout import as_toml, frozen, layout, require_agreed
 from vfl.horizontal.models import Estimator
-from vfl.horizontal.own import adapt, load, own_model, save
+from vfl.horizontal.own import adapt, own_model, save
 from vfl.horizontal.trainer import Data, describe
+from vfl.own_code import load
 
 FLOWER = '''
 import warnings
@@ -223,7 +224,7 @@ WRONG_CODE = {
     "def make(x, y): ...\n": "has no function 'build'",
     "def build(x, y):\n    return 7\n": "our own model is a int; build returns a scikit-learn estimator",
     "import sklearn.linear_model as m\ndef build(x, y):\n    return m.Ridge()\n": "neither partial_fit nor warm_start",
-    "import no_such_thing\n": "raised ModuleNotFoundError (site0_model.py, line 1)",
+    "import no_such_thing\n": "needs no_such_thing: install it",
     "def build(x, y:\n": "raised SyntaxError",
 }
 
@@ -270,7 +271,7 @@ def test_a_torch_module_is_loaded_and_its_head_can_stay_personal(tmp_path: Path)
         "    net[0].weight.requires_grad_(False)\n"
         "    return net\n"
     )
-    make = load(tmp_path / "net.py", "build")
+    make: Any = load("net.py:build", tmp_path)
     generator = np.random.default_rng(0)
     rows = Data(generator.normal(size=(20, 3)), np.array(["no", "yes"] * 10), FEATURES)
     plan: dict[str, Any] = {"model": "own", "strategy": "fedprox", "classes": ("no", "yes")}

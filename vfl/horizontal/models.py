@@ -6,18 +6,15 @@ same at all clients. scikit-learn and torch are imported only when they are used
 
 from __future__ import annotations
 
-import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parties.errors import ColonnadeError, LocalError
+from parties.errors import LocalError
 from vfl.horizontal.local import Correction, Mask, Objective, Plan, Trained, train
 from vfl.horizontal.strategies import Strategy
 from vfl.losses import Matrix, Vector
@@ -58,19 +55,6 @@ def require_compatible(strategy: Strategy, model: Model) -> None:
             f"{type(model).__name__} trains by itself, so this strategy cannot correct its steps; take fedavg, "
             "fedavgm, fedadagrad, fedadam or fedyogi, or a linear or torch model"
         )
-
-
-@contextmanager
-def own_code(what: str) -> Iterator[None]:
-    """Whatever our own code raises becomes a LocalError of one line that says where; its text may hold values."""
-    try:
-        yield
-    except ColonnadeError:
-        raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}, line {frame.lineno}"
-        raise LocalError(f"{what} raised {type(error).__name__} ({place}); try it alone") from error
 
 
 class LinearModel:

@@ -9,45 +9,25 @@ What it returns is trained as the agreement says; what travels of it is what the
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from parties.errors import LocalError
+from parties.errors import LocalError, Refused
 from parties.files import write_whole
 from parties.horizontal import Horizontal, Public
 from parties.party_file import Party
 from parties.tables import Source, read_table
 from vfl.horizontal.distillation import Distilled, PublicTable
 from vfl.horizontal.layout import as_toml, frozen, layout, require_agreed
-from vfl.horizontal.models import Estimator, FlowerClient, Model, TorchModel, own_code
-from vfl.horizontal.trainer import Data
+from vfl.horizontal.models import Estimator, FlowerClient, Model, TorchModel
+from vfl.horizontal.trainer import Data, describe
+from vfl.own_code import blamed_on, load
 
 Build = Callable[[Any, Any], Any]
-
-
-def load(path: Path, function: str) -> Build:
-    """The function of our own file. Raises LocalError: there is no such file or function, or the file itself fails."""
-    if not path.is_file():
-        raise LocalError(f"{path} is no file; [model] names our own code, file = 'model.py:build'")
-    name = f"colonnade_model_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise LocalError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and workers look a class's module up there
-    with own_code(str(path)):
-        spec.loader.exec_module(module)
-    build = getattr(module, function, None)
-    if not callable(build):
-        raise LocalError(f"{path} has no function {function!r}")
-    return build  # type: ignore[no-any-return]
 
 
 def read_public(source: Source, features: tuple[str, ...]) -> PublicTable:
@@ -60,7 +40,7 @@ def adapt(build: Build, plan: Horizontal, rows: Data, public: PublicTable | None
     """What `build` makes for these rows, ready to train. Raises LocalError: it is no model that can take part."""
     if public is not None and plan.public is not None:
         return _distilled(build, plan, rows, public, plan.public)
-    with own_code("our own model"):
+    with blamed_on("our own model"):
         model = _model(build(rows.x, rows.y), plan, rows)
     if not plan.arrays:
         ours = as_toml(layout(plan, model), frozen(plan, model))
@@ -88,7 +68,7 @@ def _distilled(build: Build, plan: Horizontal, rows: Data, public: PublicTable, 
     cut = round(plan.test_fraction * len(order))
     ours = rows.rows(np.sort(order[cut:]))
     test = (rows.x[order[:cut]], rows.y[order[:cut]]) if cut else None
-    with own_code("our own model"):
+    with blamed_on("our own model"):
         built = build(ours.x, ours.y)
         return Distilled(built, ours.x, ours.y, public, plan.classes, agreed.weight, test)
 
@@ -123,12 +103,18 @@ def own_model(party: Party, data: Data | None) -> Model | None:
     plan, columns = party.agreement.horizontal, party.agreement.columns
     if plan is None or columns is None or plan.model != "own":
         return None
+    if columns.categories:
+        raise LocalError("an own model takes numbers: no categories in [columns] of the agreement")
     public = read_public(party.public_source, columns.features) if plan.public else None
     if public is not None:
         _skops()
     nothing = np.zeros(0, np.asarray(plan.classes).dtype) if plan.classes else np.zeros(0)
     rows = data or Data(np.zeros((0, len(columns.features))), nothing, columns.features)
-    return adapt(load(*party.model_file), plan, rows, public)
+    build: Any = load(party.file.model.file, party.path.parent)
+    model = adapt(build, plan, rows, public)
+    if data is not None and (short := describe(plan, data, model).short):
+        raise Refused(f"{party.source} has fewer {short} than the agreed minimum; agree on less, or stay out")
+    return model
 
 
 def save(model: Model, folder: Path) -> str:

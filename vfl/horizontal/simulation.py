@@ -23,10 +23,10 @@ from vfl.horizontal.job import read_rows
 from vfl.horizontal.models import Model
 from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.own import adapt, read_public
-from vfl.horizontal.own import load as load_code
 from vfl.horizontal.report import training, training_rows, write_curves
 from vfl.horizontal.simulate import deal, simulate
 from vfl.horizontal.trainer import Data
+from vfl.own_code import load as load_code
 
 Own = Callable[[Data], Model]
 
@@ -51,8 +51,7 @@ def own_models(job: SimulatedJob, model: str, public: Path | None) -> Own | None
         raise LocalError("own models need --model model.py:build, a distillation --public too; other jobs have neither")
     if not model:
         return None
-    place, _, function = model.rpartition(":")
-    build = load_code(Path(place), function)
+    build: Any = load_code(model, Path())
     if public is None:
         return lambda rows: adapt(build, job.horizontal, rows)
     if job.columns is None:
@@ -100,7 +99,7 @@ def run(
     compression = None
     if job.horizontal.compression:
         plain = msgspec.structs.replace(job.horizontal, compression="")
-        compression = compared(outcome, simulate(plain, _taking_part(parts, own), workers, progress=progress))
+        compression = compared(outcome, simulate(plain, _taking_part(parts, own), workers=workers, progress=progress))
     sizes = [len(part.y) for part in parts]
     return {
         "title": job.title,

@@ -16,12 +16,13 @@ from vfl.horizontal.categories import Categories, encode
 from vfl.horizontal.compression import compress, compressor
 from vfl.horizontal.layout import require_agreed, shared, with_shared
 from vfl.horizontal.local import LOSSES, Correction, Plan, Trained
-from vfl.horizontal.models import LinearModel, Model, Score, own_code, require_compatible
+from vfl.horizontal.models import LinearModel, Model, Score, require_compatible
 from vfl.horizontal.newton import column_sums
 from vfl.horizontal.privacy import clip
 from vfl.horizontal.round_messages import LEVELS, NOT_FINITE, TOO_LARGE, Task
 from vfl.horizontal.settings import Job, Schema
 from vfl.horizontal.strategies import Population, State, client_round, strategy
+from vfl.own_code import blamed_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +196,7 @@ class Trainer:
     # ---- parts of it
 
     def _guarded(self) -> AbstractContextManager[None]:
-        return own_code("our own model") if self.job.settings.model == "own" else nullcontext()
+        return blamed_on("our own model") if self.job.settings.model == "own" else nullcontext()
 
     def _split(self, task: Task) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         cut = 2 * self.job.features if self.job.settings.standardise else 0

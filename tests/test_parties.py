@@ -641,8 +641,10 @@ def test_every_single_difference_is_listed_with_both_values() -> None:
             assert found == [(path, value, changed_value[0])]
     roles = {f"parties.{name}.role" for name in NAMES[:3]}
     places = {f"parties.{name}.place" for name in NAMES[:3]}  # another order is a difference of its own
-    absent = {"search", "job.mode", "job.coordinator_trains", "horizontal", "columns"}  # tables of other jobs
-    assert fixed <= roles | places | absent | {"model.kind"}
+    others = {"job.mode", "job.coordinator_trains", "horizontal", "columns"}  # tables of other jobs
+    absent = {"search", "information"} | others
+    bound = {"model.kind", "model.early_stopping"}  # what else is agreed on does not go with another
+    assert fixed <= roles | places | absent | bound
     assert differences(ours, ours.canonical) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,14 @@ def _parse(path: Path, what: str, type: Any, decode: Callable[[bytes], Any], for
     except msgspec.ValidationError as error:
         text = str(error)
         shown = text.replace("$.", "").replace("`", "'")
-        raise LocalError(f"{path}: {shown}{_cure(text, inspect.type_info(type))}") from None
+        raise LocalError(f"{path}: {shown}{_cure(text, _type_info(type))}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise LocalError(f"{path} is not valid {form}: {error}") from None
     except RecursionError:
         raise LocalError(f"{path} is not valid {form}: it is nested too deeply") from None
+
+
+_type_info = cache(inspect.type_info)
 
 
 def _cure(text: str, whole: inspect.Type) -> str:

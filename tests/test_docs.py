@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import psi.align
@@ -31,6 +33,23 @@ def test_protocol_lists_every_message_with_its_number_and_class():
         for number, name, kind in re.findall(r"^\| (\d+) \| (\w+) \| [^|]+ \| (\w+) \|", page, re.M)
     }
     assert rows == {(number, cls.__name__, cls.ledger_class) for number, cls in _REGISTRY.items()}
+
+
+VERIFY = """
+from pathlib import Path
+import vfl.cli
+from parties.errors import LocalError
+from parties.message import _REGISTRY
+try:
+    vfl.cli.verify([Path("no report")])
+except LocalError:
+    print(*_REGISTRY)
+"""
+
+
+def test_verify_knows_every_kind_that_a_vertical_ledger_can_have():
+    done = subprocess.run([sys.executable, "-c", VERIFY], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {number for number in _REGISTRY if number < 300} <= set(map(int, done.stdout.split()))
 
 
 def test_readme_commands_exist():

@@ -330,11 +330,9 @@ def verify(
 ) -> None:
     """Check PSI reports offline: signatures, counts, ledgers; several together also against each other; with --party,
     --sample and --replay also our input against what was committed and sent."""
-    import vfl.messages
-    import vfl.resume
-    import vfl.scoring_messages  # noqa: F401, a ledger names its kinds
     from psi import audit
     from psi.verify import each_check
+    from vfl import information_messages, open_messages, resume, scoring_messages, search_messages  # noqa: F401  # kinds
 
     party = Party(party_path) if party_path else None
     agreed = Agreement.load(agreement) if agreement else party.agreement if party else None

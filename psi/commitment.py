@@ -10,7 +10,6 @@ A list of n hashes is a uint8 array of shape (n, 32). Integers inside hashes are
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -219,14 +218,3 @@ def sample(seed: bytes, size: int, count: int) -> NDArray[np.int64]:
         counter = counters.stop
     chosen = np.sort(distinct[np.argsort(first)[:needed]])
     return chosen if needed == count else np.setdiff1d(np.arange(size, dtype=np.int64), chosen, assume_unique=True)
-
-
-def sample_for(share: float, confidence: float) -> int:
-    """How many positions to open so that a deviation in `share` of all is seen with `confidence`.
-
-    The least n with (1 - share)^n <= 1 - confidence; `sample` draws without replacement and does a little better.
-    Raises ValueError unless both are above 0 and below 1.
-    """
-    if not (0 < share < 1 and 0 < confidence < 1):
-        raise ValueError("share and confidence are above 0 and below 1")
-    return math.ceil(math.log1p(-confidence) / math.log1p(-share))

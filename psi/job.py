@@ -31,7 +31,6 @@ ALIGN = "align"
 BUDGET = "budget.sqlite"
 EVIDENCE = ("ledger.jsonl", "psi_report.json", "psi_report.html", "psi_opening.bin", "psi_escrow.bin")
 ALIGNED = (*EVIDENCE, "rows.csv", "summary.json")
-Keep = Callable[[Report, Alignment], None]
 
 
 @dataclass(frozen=True)

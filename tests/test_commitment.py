@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -29,7 +28,6 @@ from psi.commitment import (
     root_of_path,
     salts,
     sample,
-    sample_for,
 )
 
 KEY = bytes(range(32))
@@ -391,19 +389,3 @@ def test_459_positions_find_one_percent() -> None:
     caught = sum(bad[sample(b"audit" + bytes([n % 256, n // 256]), len(bad), 459)].any() for n in range(2000))
     assert caught >= 0.98 * 2000
     assert caught < 2000  # and it is a sample
-
-
-def test_how_many_to_open() -> None:
-    assert sample_for(0.01, 0.99) == 459
-    assert (sample_for(0.05, 0.95), sample_for(0.01, 0.95), sample_for(0.1, 0.9)) == (59, 299, 22)
-    for share, confidence in ((0, 0.9), (1, 0.9), (0.1, 0), (0.1, 1), (-0.1, 0.5), (float("nan"), 0.5)):
-        with pytest.raises(ValueError, match="above 0 and below 1"):
-            sample_for(share, confidence)
-
-
-@given(st.integers(1, 99), st.integers(1, 99))
-def test_the_least_number_that_is_enough(percent: int, confidence: int) -> None:
-    count = sample_for(percent / 100, confidence / 100)
-    missed, allowed = Fraction(100 - percent, 100), Fraction(100 - confidence, 100)
-    if missed ** (count - 1) != allowed:  # on the border one more is no fault
-        assert missed**count <= allowed < missed ** (count - 1)

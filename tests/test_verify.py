@@ -501,21 +501,6 @@ def smaller(plain: Plain) -> None:
             one["predicted"] -= 4 * lists[one["to"], one["kind"]]
 
 
-def larger_set(plain: Plain) -> None:
-    """Another party's set, wherever it is counted."""
-    plain["steps"][0]["set_sizes"]["grocer"] += 1
-    for flow in plain["flows"]:
-        if flow["what"] != "positions" and flow["owner"] == "grocer":
-            flow["count"] += 1
-            if flow["direction"] == "sent":
-                kind = {"points": "MaskedPoints", "tokens": "Tokens"}[flow["what"]]
-                for one in plain["traffic"]:
-                    if (one["to"], one["kind"]) == (flow["peer"], kind):
-                        one["predicted"] += 32 if kind == "MaskedPoints" else 7
-    total = sum(plain["steps"][0]["set_sizes"].values())
-    plain["false_match_bound"] = total**2 / 2 ** (8 * 8 + 1) if total > 2**8 else 0.0
-
-
 def flow_of(plain: Plain, direction: str = "sent") -> Plain:
     return next(flow for flow in plain["flows"] if flow["direction"] == direction and flow["peer"] == "grocer")
 

@@ -41,9 +41,6 @@ class Clauses:
         return cls(network.open_gradients, network.separate_embeddings, agreement.leakage.leak_auc)
 
 
-NO_CONSENT = Clauses()
-
-
 def check_consent(session: Session, clauses: Clauses, mode: str, merge: str) -> None:
     """Raises Refused: the agreement does not consent to what this tells.
 

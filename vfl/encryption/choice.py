@@ -68,10 +68,9 @@ def strength(scheme: Scheme, key_bits: int) -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of all exchanges: seconds of computing, one core a party; of the first exchange; bytes on the wire."""
+    """Of all exchanges: seconds of computing, one core a party; bytes on the wire."""
 
     seconds: float
-    first_seconds: float
     bytes: int
 
     @property
@@ -118,8 +117,8 @@ def predict(
     lattice += slowest
     encodings = encoding * (1 if cached else exchanges)
     return {
-        "paillier": Cost(exchanges * paillier, paillier, exchanges * paillier_bytes),
-        "lattice": Cost(exchanges * lattice + encodings, lattice + encoding, exchanges * lattice_bytes),
+        "paillier": Cost(exchanges * paillier, exchanges * paillier_bytes),
+        "lattice": Cost(exchanges * lattice + encodings, exchanges * lattice_bytes),
     }
 
 

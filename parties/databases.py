@@ -85,7 +85,7 @@ def _sqlite(source: Source) -> Iterator[sqlite3.Connection]:
 
 
 def _sqlite_header(source: Source, connection: sqlite3.Connection) -> list[str]:
-    found = connection.execute(f"SELECT * FROM {_table(source)} LIMIT 0")  # noqa: S608
+    found = connection.execute(f"SELECT * FROM {_table(source)} LIMIT 0")  # noqa: S608  # names are quoted
     return [column[0] for column in found.description]
 
 
@@ -125,7 +125,7 @@ def _sqlite_types(source: Source, connection: sqlite3.Connection, uses: Mapping[
         else f"total(typeof({column}) = 'real'), total(typeof({column}) = 'blob')"
         for column, use in zip(map(_quoted, uses), uses.values(), strict=True)
     ]
-    found = connection.execute(f"SELECT {', '.join(counts)} FROM {_table(source)}").fetchone()  # noqa: S608
+    found = connection.execute(f"SELECT {', '.join(counts)} FROM {_table(source)}").fetchone()  # noqa: S608  # names are quoted
     mixed = {}
     for at, (name, use) in enumerate(uses.items()):
         first, blobs = map(int, found[2 * at : 2 * at + 2])

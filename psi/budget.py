@@ -366,7 +366,7 @@ class Budget:
         inputs = [(number, members.tobytes()) for number, members in sorted(books.inputs.items())]
         runs = sorted(books.runs)
         for table in ("house", "inputs", "runs"):
-            database.execute(f"DELETE FROM {table}")  # noqa: S608
+            database.execute(f"DELETE FROM {table}")  # noqa: S608  # our own tables
         database.execute("INSERT INTO house VALUES (?, ?, ?)", (self._owner, ids, self._seal(ids, inputs, runs)))
         database.executemany("INSERT INTO inputs VALUES (?, ?)", inputs)
         database.executemany("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?, ?)", runs)

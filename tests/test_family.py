@@ -185,7 +185,7 @@ def test_sample_weights(family):
 def test_elastic_net(l1_ratio):
     x, y = load_diabetes(return_X_y=True)
     parts, n = cut(x, 4, 3), len(y)
-    make = lambda: VerticalRidge(alpha=3.0 * n, l1_ratio=l1_ratio, solver="proximal", max_iter=2000)  # noqa: E731
+    make = lambda: VerticalRidge(alpha=3.0 * n, l1_ratio=l1_ratio, solver="proximal", max_iter=2000)
     ended = train(parts, y, make, residual_range=1024)
     oracle = ElasticNet(alpha=3.0, l1_ratio=l1_ratio, tol=1e-12, max_iter=100_000)
     oracle.fit(np.hstack(list(parts.values())), y)
@@ -198,7 +198,7 @@ def test_sparse_logistic_regression():
     x, y = counts()
     y = (y > 1).astype(int)
     parts, C = cut(x, 2, 3), 0.05
-    make = lambda: VerticalLogisticRegression(C=C, l1_ratio=1.0, solver="proximal", max_iter=2000, tol=1e-8)  # noqa: E731
+    make = lambda: VerticalLogisticRegression(C=C, l1_ratio=1.0, solver="proximal", max_iter=2000, tol=1e-8)
     ended = train(parts, y, make)
     oracle = LogisticRegression(C=C, l1_ratio=1.0, solver="saga", tol=1e-10, max_iter=100_000)
     oracle.fit(np.hstack(list(parts.values())), y)
@@ -261,7 +261,7 @@ def test_without_consent_the_label_holder_gets_fewer_embeddings_than_the_columns
 def test_an_l1_penalty_keeps_the_limit_on_embeddings_too(outputs):
     x, y = load_wine(return_X_y=True)
     parts, recorded = cut(x, 6), {}  # 7 columns at the grocer
-    make = lambda: VerticalLogisticRegression(l1_ratio=0.5, solver="proximal", max_iter=500)  # noqa: E731
+    make = lambda: VerticalLogisticRegression(l1_ratio=0.5, solver="proximal", max_iter=500)
     ended = train(parts, np.minimum(y, outputs - 1), make, recorded=recorded, allow_reconstruction=False)
     width = 1 if outputs == 2 else 3
     embedded = sent(recorded, "grocer", "bank", PartialEmbedding)

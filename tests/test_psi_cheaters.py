@@ -223,7 +223,7 @@ def test_a_point_that_no_honest_party_sends_is_caught(what: str, count: int, che
 
 def test_a_list_on_the_twist_is_caught_however_long() -> None:
     seed = rows(on_the_twist())
-    twist = lambda count: np.concatenate([CURVE.mask(seed, Stream(str(i))(32)) for i in range(count)])  # noqa: E731
+    twist = lambda count: np.concatenate([CURVE.mask(seed, Stream(str(i))(32)) for i in range(count)])
     rule = one_kind(MaskedPoints, lambda sent: MaskedPoints(sent.owner, twist(len(sent.data))))
     caught(run(2, "grocer", deviating("grocer", rule)), "grocer", "twist")
 
@@ -282,7 +282,7 @@ def test_a_relay_that_moves_rows_is_caught(move: str, kind: type[Message], count
 
 @pytest.mark.parametrize("cheater", ["bank", "grocer"])
 def test_two_positions_swapped_are_enough_to_be_caught(cheater: str) -> None:
-    swap = lambda data: data[[1, 0, *range(2, len(data))]]  # noqa: E731
+    swap = lambda data: data[[1, 0, *range(2, len(data))]]
     found = run(3, cheater, deviating(cheater, relaying(cheater, Positions, swap)))
     caught(found, cheater, "row order differs")
 

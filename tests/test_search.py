@@ -257,7 +257,7 @@ def test_a_label_holder_that_claims_directions_of_its_own_lifts_no_limit():
 
 def test_proximal_steps_are_not_counted_beforehand_so_they_need_consent():
     parts, y = attacked()
-    make = lambda: VerticalLogisticRegression(solver="proximal")  # noqa: E731
+    make = lambda: VerticalLogisticRegression(solver="proximal")
     wanted = Search(folds=2, grid={"l1_ratio": (0.5,)}, metric="auc")
     ended = run(parts, y, make, wanted, model={"allow_reconstruction": False})
     assert "solver = 'proximal'" in refused(ended, "grocer", Refused)
@@ -278,7 +278,7 @@ def test_fits_never_use_more_than_the_allowance_and_all_candidates_get_the_same(
 
 def test_sgd_embeds_a_row_once_an_epoch_and_epochs_are_what_is_limited():
     (parts, y), recorded = attacked(), {}
-    make = lambda: VerticalLogisticRegression(solver="sgd", batch_size=60, epochs=50, max_iter=400)  # noqa: E731
+    make = lambda: VerticalLogisticRegression(solver="sgd", batch_size=60, epochs=50, max_iter=400)
     ended = run(parts, y, make, GRID, model={"allow_reconstruction": False, "max_exchanges": 400}, recorded=recorded)
     rows = sum(len(message.data) for message in sent(recorded, "grocer", "bank", PartialEmbedding))
     trained = 6 * 2 * 120 + 6 * 60 + 3 * ROWS  # six fits of two epochs, scored; the last has the epoch left over

@@ -154,7 +154,7 @@ def test_encrypted_sends_a_feature_holder_ciphertexts_and_sums_alone():
 
 def test_by_sum_the_label_holder_gets_masked_embeddings_and_side_by_side_each_ones(monkeypatch):
     parts, y = few(3)
-    then = lambda model, session: model.epochs_  # noqa: E731
+    then = lambda model, session: model.epochs_
     _, recorded = train(parts, y, then, CONSENT, batch_size=60, epochs=1)
     assert {"MaskedEmbedding"} == {k for k in kinds(recorded, "grocer", "bank") if k.endswith("Embedding")}
     masked = np.concatenate([message.data for message in sent(recorded, "grocer", "bank", MaskedEmbedding)])

@@ -329,7 +329,7 @@ def test_whatever_happens_to_workers_both_sides_end_with_one_line(tmp_path: Path
         assert len(err.strip().splitlines()) == 1, err
 
 
-# ---- what an independent review found
+# ---- unusual files and agreements
 
 
 def test_the_label_holder_may_stand_anywhere_in_the_agreement(tmp_path: Path) -> None:

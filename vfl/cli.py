@@ -40,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help=(
-        "Train one model on columns that several organisations hold; no row leaves its owner.\n\n"
+        "Train one model on columns, or rows, that several organisations hold; no row leaves its owner.\n\n"
         "Order of use: keygen, init, check, sign, selftest, run (or align), predict; verify at any time. "
         "Exit codes: 0 done, 2 bad input, 3 refused by policy or agreement, 4 peer lost, 5 protocol violation."
     ),

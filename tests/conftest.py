@@ -16,6 +16,7 @@ import pytest
 from parties.agreement import Agreement
 from parties.identity import Identity
 from parties.memory import make_agreement
+from vfl.encryption.paillier import SecretKey, generate
 
 NAMES = ("bank", "grocer", "mill", "press")
 
@@ -43,6 +44,12 @@ IDENTITIES = {name: Identity._from_secrets(name, Stream(f"{name}/c")(32), Stream
 def identities() -> Mapping[str, Identity]:
     """The keys of bank, grocer, mill and press, the same for the whole run."""
     return IDENTITIES
+
+
+@pytest.fixture(scope="session")
+def secret() -> SecretKey:
+    """A Paillier key: making one takes longer than most tests."""
+    return generate(2048)
 
 
 def parties(count: int) -> dict[str, Identity]:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from tests.world import build, colonnade, customers, together
+from tests.world import build, colonnade, customers, edit, together
 from vfl.linear import VerticalLogisticRegression
 
 
@@ -186,12 +186,6 @@ def test_check_says_plainly_what_one_feature_holder_gives_away(tmp_path):
     paths = build(tmp_path, {name: tables[name] for name in ("bank", "grocer")})
     for path in paths.values():
         assert "rebuild these columns" in " ".join(colonnade("check", path)[1].replace("│", " ").split())
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
 
 
 def spoil(column, change):

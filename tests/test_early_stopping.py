@@ -14,7 +14,6 @@ from parties.errors import LocalError, PeerAborted, ProtocolViolation
 from parties.memory import make_agreement
 from tests.training import altering, fit, sent, table, with_fields
 from vfl import sgd
-from vfl.encryption.paillier import SecretKey, generate
 from vfl.messages import MaskedEmbedding, PartialEmbedding
 from vfl.search_messages import EpochEnd
 
@@ -32,11 +31,6 @@ PARAMS: dict[str, Any] = {
     "random_state": SEED,
 }
 CONSENT = {"allow_reconstruction": True, "max_exchanges": 200}
-
-
-@pytest.fixture(scope="module")
-def secret() -> SecretKey:
-    return generate(2048)
 
 
 def plain_loop(parts: Any, y: np.ndarray) -> tuple[np.ndarray, list[float]]:

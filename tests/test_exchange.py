@@ -16,7 +16,7 @@ from parties.errors import ColonnadeError, PeerAborted, ProtocolViolation
 from parties.memory import Tamper, outcomes
 from parties.message import parse_header
 from parties.session import Closing, Session
-from tests.training import agreed, altering, fit, kinds, planned, sent, table, with_data, with_fields
+from tests.training import agreed, altering, fit, kinds, planned, sent, table, violation_at, with_data, with_fields
 from vfl.encryption import paillier
 from vfl.encryption.paillier import ROOTS, SecretKey, generate
 from vfl.encryption.scheme import from_wire, to_wire
@@ -39,11 +39,6 @@ from vfl.messages import (
 
 ROWS = 12
 TIED = int(gmpy2.next_prime(1 << 999))
-
-
-@pytest.fixture(scope="module")
-def secret() -> SecretKey:
-    return generate(2048)
 
 
 @pytest.fixture
@@ -121,14 +116,6 @@ def test_more_columns_than_a_plaintext_has_slots_and_more_rows_than_a_message_ho
 
 
 # Either side deviates
-
-
-def violation_at(ended: dict[str, Any], who: str, peer: str) -> str:
-    assert isinstance(ended[who], ProtocolViolation), ended[who]
-    assert ended[who].peer == peer
-    assert isinstance(ended[peer], (PeerAborted, ProtocolViolation))
-    assert "record of this session" not in str(ended[who])  # at its step, not only when transcripts are compared
-    return str(ended[who])
 
 
 def first(secret: SecretKey, what: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -20,7 +20,7 @@ from parties.memory import outcomes
 from parties.preparation import Preparation
 from parties.session import Session
 from tests.training import agreed, altering, kinds, sent, with_data
-from vfl.encryption.paillier import SecretKey, generate
+from vfl.encryption.paillier import SecretKey
 from vfl.exchange import Scales, Terms, accept_key, offer_key, open_gradients, weigh_gradient
 from vfl.information import feature_holder, label_holder
 from vfl.messages import OpenedGradient, Plan
@@ -73,11 +73,6 @@ def plan_for(frame: pd.DataFrame) -> Preparation:
 PARTS, Y = customers()
 THREE = np.where(PARTS["bank"]["age"] > 48, "old", np.where(Y == 1, "late", "never"))
 BINNED = {name: bin_columns(part, plan_for(part)) for name, part in PARTS.items()}
-
-
-@pytest.fixture(scope="module")
-def secret() -> SecretKey:
-    return generate(2048)
 
 
 def run(

@@ -25,6 +25,7 @@ from tests.training import (
     objective,
     sent,
     table,
+    violation_at,
     with_data,
     with_fields,
 )
@@ -161,14 +162,6 @@ def test_sgd_takes_exactly_the_steps_of_a_plain_loop_over_the_joined_table():
 
 
 # Either side deviates
-
-
-def violation_at(ended: dict[str, Any], who: str, peer: str) -> str:
-    assert isinstance(ended[who], ProtocolViolation), ended[who]
-    assert ended[who].peer == peer
-    assert isinstance(ended[peer], (PeerAborted, ProtocolViolation))
-    assert "record of this session" not in str(ended[who])  # at its step, not only when transcripts are compared
-    return str(ended[who])
 
 
 def flip(data: np.ndarray) -> np.ndarray:

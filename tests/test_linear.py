@@ -21,7 +21,6 @@ from parties.errors import LocalError, PeerAborted, ProtocolViolation, Refused
 from parties.memory import outcomes
 from tests.training import agreed, centralised, fit, joined, kinds, objective, sent, table
 from vfl import sgd
-from vfl.encryption.paillier import SecretKey, generate
 from vfl.inputs import leverage, rank
 from vfl.linear import VerticalLogisticRegression
 from vfl.messages import PartialEmbedding
@@ -46,11 +45,6 @@ CASES = [
     pytest.param((4, 10.0, False), id="4 parties, C=10, no intercept"),
 ]
 NEW = 17
-
-
-@pytest.fixture(scope="module")
-def secret() -> SecretKey:
-    return generate(2048)
 
 
 @pytest.fixture(scope="module")

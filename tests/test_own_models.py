@@ -18,7 +18,7 @@ from parties.message import name_of, parse_header
 from parties.party_file import Party
 from parties.session import Session
 from tests.conftest import IDENTITIES, NAMES
-from tests.test_horizontal_job import FEATURES, build, patients, said, star, summary
+from tests.test_horizontal_job import FEATURES, build, patients, said, simulated, star, summary
 from tests.world import colonnade, together
 from vfl.horizontal import job
 from vfl.horizontal.distillation import PublicTable
@@ -316,14 +316,6 @@ def test_the_agreed_loss_of_a_torch_module_without_classes(loss: Any) -> None:
 
 
 # ---- simulation
-
-
-def simulated(folder: Path, text: str, *options: object) -> dict[str, Any]:
-    (folder / "job.toml").write_text(text)
-    code, _, error = colonnade("simulate", folder / "job.toml", "--out", folder / "out", "--workers", 1, *options)
-    assert code == 0, error
-    found: dict[str, Any] = json.loads((folder / "out" / "summary.json").read_text())
-    return found
 
 
 def test_own_models_and_distillation_are_simulated_from_the_command_line(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import KBinsDiscretizer, OneHotEncoder, StandardScaler
 
 from parties.agreement import Agreement
-from tests.world import build, colonnade, together
+from tests.world import build, colonnade, edit, together
 
 JOBS = ["clerk", "nurse", "smith"]
 CONTACTS = ["cellular", "telephone", "letter"]
@@ -202,12 +202,6 @@ def test_columns_that_depend_on_others_are_named_and_solved_for(tmp_path):
 
 
 # ---- what cannot be prepared
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
 
 
 def spoil(column, change):

@@ -14,7 +14,7 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from parties.agreement import Agreement
-from parties.errors import LocalError
+from parties.errors import LocalError, PeerAborted, ProtocolViolation
 from parties.identity import Identity
 from parties.memory import MemoryLink, Tamper, make_agreement, outcomes
 from parties.message import Message, decode, encode, name_of, parse_header
@@ -175,3 +175,12 @@ def with_fields(**fields: Any) -> Callable[[M], M]:
 def with_data(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[M], M]:
     """Change a message's array."""
     return lambda message: with_fields(data=change(message.data.copy()))(message)  # type: ignore[attr-defined]
+
+
+def violation_at(ended: dict[str, Any], who: str, peer: str) -> str:
+    """What a party says of a peer that breaks the protocol; the peer has ended, too."""
+    assert isinstance(ended[who], ProtocolViolation), ended[who]
+    assert ended[who].peer == peer
+    assert isinstance(ended[peer], (PeerAborted, ProtocolViolation))
+    assert "record of this session" not in str(ended[who])  # at its step, not only when transcripts are compared
+    return str(ended[who])

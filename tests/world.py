@@ -96,6 +96,13 @@ def build(
     return paths
 
 
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace what must stand in a file."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def colonnade(*arguments: object) -> tuple[int, str, str]:
     """The command in this process: exit code, standard output, standard error."""
     out, err = io.StringIO(), io.StringIO()

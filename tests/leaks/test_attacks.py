@@ -25,7 +25,6 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from parties.errors import LocalError
 from tests.training import fit, kinds, sent, table
 from vfl import subspace
-from vfl.encryption.paillier import SecretKey, generate
 from vfl.inputs import rank
 from vfl.leakage.defences import marvell, max_norm, sum_kl_within
 from vfl.leakage.labels import completion, directions, leak_auc, norms, residuals
@@ -121,11 +120,6 @@ def data(request) -> Split:
 @pytest.fixture(scope="module")
 def plain(data) -> Run:
     return split_learning(data)
-
-
-@pytest.fixture(scope="module")
-def secret() -> SecretKey:
-    return generate(2048)
 
 
 def attacked(gradients: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from parties.message import parse_header
 from parties.session import Session
 from tests.training import Parts, agreed, fit, kinds, planned, sent, table
 from vfl import subspace
-from vfl.encryption.paillier import SecretKey, generate
+from vfl.encryption.paillier import generate
 from vfl.encryption.scheme import from_wire
 from vfl.encryption.weigh import PaillierWeigher
 from vfl.exchange import FeatureEnd, Terms, offer_key, open_gradients
@@ -38,11 +38,6 @@ from vfl.messages import (
 from vfl.secure_sum import Contribution, sum_embeddings, sum_scalars
 
 KNOWN = 30  # rows that the label holder knows from elsewhere
-
-
-@pytest.fixture(scope="module")
-def secret() -> SecretKey:
-    return generate(2048)
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,8 @@ class Budget(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which columns of which table take part. `label`, `positive` and `weight` (of rows, in a linear model) at the
-    label holder only. In a horizontal job the agreement names the columns: `columns` says which of ours they are
+    """Which columns of which table take part. `label`, `positive` and `weight` (of rows) at the label holder
+    only. In a horizontal job the agreement names the columns: `columns` says which of ours they are
     (agreed = ours) where the names differ, `units` in what we measure them, `categories` which words may occur in those
     that the agreement calls categories.
 

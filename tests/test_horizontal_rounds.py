@@ -26,8 +26,8 @@ from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.memory import links
 from parties.message import CLASSES, decode, name_of, parse_header
+from vfl.checkpoint import Bound
 from vfl.horizontal import secure_aggregation
-from vfl.horizontal.checkpoint import Bound
 from vfl.horizontal.client import Admitted, _End, former_session, take_part
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.federated import (

@@ -21,9 +21,9 @@ from parties.tables import Source
 from psi import job as psi_job
 from psi.report import Report
 from psi.verify import load_report
+from vfl.checkpoint import read_checkpoint, write_checkpoint
 from vfl.estimator import VerticalLinearModel
 from vfl.evaluation import Evaluation
-from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
 from vfl.information import measure
 from vfl.job_input import Prepared, fitted_on, prepare
 from vfl.losses import Matrix, Vector

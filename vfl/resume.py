@@ -16,7 +16,7 @@ import numpy as np
 from parties.errors import Refused
 from parties.message import Array, Message, kind
 from parties.session import Session
-from vfl.horizontal.checkpoint import read_checkpoint, write_checkpoint
+from vfl.checkpoint import read_checkpoint, write_checkpoint
 
 EVERY, OPEN_EVERY = 1, 16  # exchanges
 KEPT = 2  # a party may be one checkpoint ahead of another

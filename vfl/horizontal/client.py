@@ -18,7 +18,7 @@ from parties.channel import Channel
 from parties.errors import ColonnadeError, LocalError, PeerAborted, Refused, blame
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity
-from vfl.horizontal.checkpoint import Bound, Checkpoint, read_checkpoint, write_checkpoint
+from vfl.checkpoint import Bound, Checkpoint, read_checkpoint, write_checkpoint
 from vfl.horizontal.context import Context
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Client, Outcome, Round, already_done

@@ -20,7 +20,7 @@ from parties.identity import Identity, PublicIdentity
 from parties.ledger import Ledger
 from parties.memory import links
 from parties.message import CLASSES
-from vfl.horizontal.checkpoint import Bound
+from vfl.checkpoint import Bound
 from vfl.horizontal.client import take_part
 from vfl.horizontal.models import Model
 from vfl.horizontal.outcome import Outcome

@@ -18,8 +18,8 @@ from parties.horizontal import Horizontal
 from parties.party_file import Party
 from parties.session import Progress, Session, open_session
 from parties.tables import Source, read_table
+from vfl.checkpoint import Bound
 from vfl.horizontal.categories import Categories, codes
-from vfl.horizontal.checkpoint import Bound
 from vfl.horizontal.client import former_session, take_part
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.layout import shared, with_shared

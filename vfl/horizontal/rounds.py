@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
+from vfl.checkpoint import Bound, read_checkpoint, write_checkpoint
 from vfl.horizontal.accounting import noise_multiplier
-from vfl.horizontal.checkpoint import Bound, read_checkpoint, write_checkpoint
 from vfl.horizontal.compression import compressor
 from vfl.horizontal.models import Score
 from vfl.horizontal.newton import column_means, scaler

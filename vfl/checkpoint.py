@@ -1,4 +1,4 @@
-"""Where a role stood after a round, as a file: written whole, read without running anything, float64 exact."""
+"""Where a training stood, as a file: written whole, read without running anything, float64 exact."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def train(
     def run(name: str) -> None:
         hub = channel(name, HUB)
         try:
-            rows, model = _rows_and_model(clients[name], settings)
+            rows, model = _rows_and_model(clients[name])
             take_part(hub, identities[name], roll, session, settings, rows, model=model)
         except Exception as error:  # a thread's exception belongs to its caller, whatever it is
             failed.append(error)
@@ -87,7 +87,7 @@ def train(
             thread.join()
 
 
-def _rows_and_model(part: Part, settings: Horizontal) -> tuple[Data | None, Model | None]:
+def _rows_and_model(part: Part) -> tuple[Data | None, Model | None]:
     if isinstance(part, Data):
         return part, None
     if isinstance(part, tuple):

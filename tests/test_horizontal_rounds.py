@@ -41,7 +41,7 @@ from vfl.horizontal.messages import KeyList, KeyOffer
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.report import training, training_rows
-from vfl.horizontal.round_messages import Admission, Ready, Scores, Task, Turn, Update
+from vfl.horizontal.round_messages import OVER_BUDGET, SIGNED, Admission, Ready, Scores, Task, Turn, Update
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected
 from vfl.horizontal.settings import Job, Schema
@@ -1105,9 +1105,9 @@ def test_federated_dropout_sends_fewer_columns() -> None:
 # ---- a coordinator that cheats
 
 
-def cheat(script: Callable[[Channel], None], settings: Horizontal, clients: int = 4) -> Any:
-    """What a client ends with against a coordinator that follows a script of its own."""
-    table = Table(settings, {name: Toy() for name in NAMES})
+def cheat(script: Callable[[Channel], None], settings: Horizontal, clients: int = 4, **given: Any) -> Any:
+    """What a client ends with against a coordinator that follows a script of its own. given: options of the client."""
+    table = Table(settings, {name: Toy() for name in NAMES}, client=lambda name: given)
     mesh = links(["hub", "c0"])
     hub = table._channel(mesh, "hub", "c0")
     thread = threading.Thread(target=table._client, args=(mesh, "c0"), daemon=True)
@@ -1291,6 +1291,41 @@ def test_no_second_sum_of_a_round_is_opened() -> None:
         table.run()
     for name in NAMES[:3]:
         assert "a sum that may be open" in str(table.outcomes[name])
+
+
+def test_a_killed_client_helps_to_open_no_second_sum_though_it_is_asked_to(tmp_path: Path) -> None:
+    """It says that it has signed; its share of the others' masks would open their sum over other survivors."""
+    settings = own(clients=Clients(quorum=4, deadline=0.5))
+    dies = {"c0": 8 + KILLED["SurvivorSignature"]}
+    Table(settings, {name: Toy() for name in NAMES}, dies=dies, **stored(tmp_path)).run()
+
+    def insists(hub: Channel) -> None:
+        hub.send(task(2, 0))  # after rows and a score
+        assert hub.receive(Ready).data[0] == SIGNED
+        hub.send(turn(2, list(NAMES), attempt=1))
+        hub.abort("error")
+
+    error = cheat(insists, settings, folder=tmp_path / "c0")
+    assert isinstance(error, ProtocolViolation) and "our numbers are out of the sum" in str(error)
+
+
+@pytest.mark.parametrize("what", ["add", "kept"])
+def test_a_client_without_budget_adds_to_no_sum_though_it_is_asked_to(what: str) -> None:
+    class Spent:
+        def charge(self, *given: Any, **limits: Any) -> None:
+            raise Refused("used up")
+
+    settings = openly(privacy=Privacy(level="client", noise="local"))
+    bound = Job(settings, describe(settings, None, Toy()), 4).noise_bound
+
+    def insists(hub: Channel) -> None:
+        hub.send(task(0, 0))
+        assert hub.receive(Ready).data[0] == OVER_BUDGET
+        hub.send(Turn(0, 0, np.frombuffer(msgspec.json.encode(NAMES), np.uint8), what, bound))
+        hub.abort("error")
+
+    error = cheat(insists, settings, budget=Spent())
+    assert isinstance(error, ProtocolViolation) and f"asked us to {what!r} where our numbers are out" in str(error)
 
 
 def test_a_sum_spoilt_after_it_may_be_open_ends_the_run_instead_of_a_second_one(monkeypatch: Any) -> None:

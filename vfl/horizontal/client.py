@@ -217,7 +217,7 @@ class _End:
             self.save(task)
         self.channel.send(Ready(task.number, 0, np.array([level], np.uint8)))
         opened, last = False, -1
-        while (turn := self._turn(task)).what == "add":
+        while (turn := self._turn(task, level)).what == "add":
             with blame(self.channel.peer):
                 if opened or turn.attempt <= last:  # two sums of a round would tell their difference
                     raise ValueError("a turn that it has given before, or one after a sum that may be open")
@@ -230,9 +230,11 @@ class _End:
             self.counted = task.round if trains else self.counted
         return turn.what == "kept"
 
-    def _turn(self, task: Task) -> Turn:
+    def _turn(self, task: Task, level: int) -> Turn:
         turn = self.channel.receive(Turn)
         with blame(self.channel.peer):
+            if level >= len(LEVELS) and turn.what != "left out":
+                raise ValueError(f"asked us to {turn.what!r} where our numbers are out of the sum")
             if turn.round != task.number or turn.attempt >= self.trainer.job.settings.clients.attempts:
                 raise ValueError("a turn of another sum, or one attempt too many")
             bounds = (self.trainer.job.noise_bound,) if self.trainer.job.settings.private else LEVELS

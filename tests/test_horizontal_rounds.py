@@ -686,10 +686,11 @@ def test_a_client_killed_once_its_sum_may_be_opened_comes_back_for_the_next(mess
     assert all("c1" in one.clients for one in same(table, settings, parts).rounds)
 
 
-def test_a_client_that_agreed_to_open_a_sum_opens_no_second_one_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [3, 4])  # the last round, and another
+def test_a_client_that_agreed_to_open_a_sum_opens_no_second_one_of_it(rounds: int, tmp_path: Path) -> None:
     """It is killed before the others have its signature: all four are needed, so that the sum cannot be opened."""
     x, y = cancer()
-    settings, parts = family("fedavg", rounds=4, clients=Clients(quorum=4, deadline=5.0)), dealt(x, y)
+    settings, parts = family("fedavg", rounds=rounds, clients=Clients(quorum=4, deadline=5.0)), dealt(x, y)
     dies = {"c1": READY + KILLED["SurvivorSignature"]}
     table = Table(settings, parts, dies=dies, again={"c1": -1}, **stored(tmp_path))
     error = table.run()
@@ -732,6 +733,26 @@ def test_without_secure_aggregation_too(tmp_path: Path) -> None:
         table = Table(settings, parts, dies={"c1": message}, again={"c1": -1}, **stored(folder))
         outcome = same(table, settings, parts)
         assert all(one.clients == NAMES for one in outcome.rounds)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_without_masks_a_killed_client_answers_the_same_task_again_and_no_other(kept: bool, tmp_path: Path) -> None:
+    """Each kill would give the coordinator one more update, at weights of its choice."""
+    (tmp_path / "c0").mkdir()
+    ready = []
+
+    def asks(weight: float) -> Callable[[Channel], None]:
+        def script(hub: Channel) -> None:
+            hub.send(replace(task(0, 0), data=np.full(3, weight)))
+            ready.append(int(hub.receive(Ready).data[0]))
+            hub.abort("error")
+
+        return script
+
+    settings = openly(rounds=1)
+    for weight in (1.0, 1.0 if kept else 2.0):
+        cheat(asks(weight), settings, folder=tmp_path / "c0")
+    assert ready == [0, 0 if kept else SIGNED]
 
 
 def test_who_does_not_come_back_before_the_deadline_is_missing() -> None:

@@ -60,7 +60,8 @@ class Standing(Bound, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a client remembers besides its states.
 
     pending: the last round that the pending state has. told: how many tasks of each stage of `session` we answered so
-    that something may be known; signed, signed_round: the newest sum that may be open, and the newest of training.
+    that something may be known; signed, signed_round: the newest sum that may be open, and the newest of training;
+    subject: of the newest one, where sums are in clear.
     """
 
     session: bytes
@@ -68,6 +69,7 @@ class Standing(Bound, frozen=True, forbid_unknown_fields=True, kw_only=True):
     told: dict[str, int]
     signed: int
     signed_round: int
+    subject: bytes
 
 
 def former_session(folder: Path, whose: Bound) -> bytes:
@@ -174,6 +176,7 @@ class _End:
         self.number = self.round = -1  # the newest task's, the newest training's
         self.given: Counter[str] = Counter()  # tasks by stage
         self.signed = self.signed_round = -1  # the newest task whose sum may be open, the newest training
+        self.subject = b""  # of the task that we answer once more after a kill, since without masks that tells nothing new
         self.counted = self.pending = -1  # the last round that our state has, and our pending one
         self.declined: ColonnadeError | None = None
         self.path: Path | None = None
@@ -182,7 +185,7 @@ class _End:
     def next_task(self, patience: float | None) -> Task:
         """Raises ProtocolViolation: a task that was not agreed, or once more."""
         task, job = self.channel.receive(Task, patience), self.trainer.job
-        self.given[task.stage] += 1
+        self.given[task.stage] += not self._asked_before(task)
         with blame(self.channel.peer):
             if task.number <= self.number or (task.stage == "train" and task.round <= self.round):
                 raise ValueError("a task that it has given before")
@@ -213,7 +216,9 @@ class _End:
                 self.spending.charge(task.round)
         except (LocalError, Refused) as error:
             self.declined, level = error, OVER_BUDGET if isinstance(error, Refused) else DECLINED
-        if trains and (self.trainer.pending or not job.settings.secure):
+        if level != SIGNED and not job.settings.secure:
+            self.sign(task, job.subject(task))
+        elif trains and self.trainer.pending:
             self.save(task)
         self.channel.send(Ready(task.number, 0, np.array([level], np.uint8)))
         opened, last = False, -1
@@ -267,13 +272,19 @@ class _End:
 
     # ---- checkpoints
 
-    def _may_be_open(self, task: Task) -> bool:
+    def _asked_before(self, task: Task) -> bool:
         """Whether we were killed after we had agreed to open the sum of this task, or of its round."""
-        return task.number <= self.signed or (task.stage == "train" and task.round <= self.signed_round)
+        trains = task.stage == "train"
+        return (trains and task.round <= self.signed_round) or (
+            (trains or task.stage in BEFORE) and task.number <= self.signed
+        )
 
-    def sign(self, task: Task) -> None:
+    def _may_be_open(self, task: Task) -> bool:
+        return self._asked_before(task) and self.trainer.job.subject(task) != self.subject
+
+    def sign(self, task: Task, subject: bytes = b"") -> None:
         """To be called before a sum can be opened: we open no other one for this task, whatever happens to us."""
-        self.signed = task.number
+        self.signed, self.subject = task.number, subject
         if task.stage == "train":
             self.signed_round = task.round
         self.save()
@@ -292,6 +303,7 @@ class _End:
             told=dict(told),
             signed=self.signed,
             signed_round=self.signed_round,
+            subject=self.subject,
         )
         state = {f"state.{name}": values for name, values in trainer.state.items()}
         pending = trainer.pending if ahead else trainer.state
@@ -305,6 +317,7 @@ class _End:
         found = read_checkpoint(path, self.trainer.job.digest if known else None, Standing, whose)
         if found is not None and found.facts.session == self.session:
             self.signed, self.signed_round = found.facts.signed, found.facts.signed_round
+            self.subject = found.facts.subject
             self.given = Counter(found.facts.told)
         if known:
             self._recall(found, admitted)

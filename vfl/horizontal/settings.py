@@ -224,7 +224,6 @@ class Job:
         s = self.settings
         asked = s.clients.asked(roll) if task.stage == "train" else roll
         degree = s.degree if s.degree < len(names) - 1 else 0
-        plain = msgspec.json.encode([task.number, task.round, task.stage, task.clients, task.rows])
         return Context(
             session,
             task.number,
@@ -233,8 +232,13 @@ class Job:
             s.threshold(asked, len(names), own),
             Quantisation.finest(bound, len(names)),
             degree or None,
-            hashlib.sha256(self.digest + plain + task.data.tobytes()).digest(),
+            self.subject(task),
         )
+
+    def subject(self, task: Task) -> bytes:
+        """What a task asks, 32 bytes."""
+        plain = msgspec.json.encode([task.number, task.round, task.stage, task.clients, task.rows])
+        return hashlib.sha256(self.digest + plain + task.data.tobytes()).digest()
 
     @property
     def asked(self) -> int:

@@ -361,6 +361,21 @@ def test_a_late_client_misses_its_round_and_comes_back() -> None:
     assert outcome.gone == ()
 
 
+def test_a_client_whose_update_is_late_is_left_out_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum cannot do without it, waits for it in vain, and fails; the client has broken no rule, nor have others."""
+    plain = _End._send
+
+    def late(end: _End, task: Task, turn: Turn, message: np.ndarray) -> bool:
+        time.sleep(0.6 * (end.me.name == "c0" and task.stage == "train"))
+        return plain(end, task, turn, message)
+
+    monkeypatch.setattr(_End, "_send", late)
+    table = Table(openly(clients=Clients(quorum=4, deadline=0.4)), {name: Toy() for name in NAMES})
+    error = table.run()
+    assert isinstance(error, PeerLost) and "3 clients are left, 4 are needed; missing: c0: c0 sent" in str(error)
+    assert all(isinstance(one, PeerAborted) for one in table.outcomes.values())
+
+
 def test_updates_that_are_not_finite_are_left_out_by_name() -> None:
     parts = {name: Toy(acts={1: lambda weights: weights * np.nan} if name == "c1" else {}) for name in NAMES}
     outcome = Table(own(), parts).run()

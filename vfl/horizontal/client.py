@@ -176,7 +176,7 @@ class _End:
         self.number = self.round = -1  # the newest task's, the newest training's
         self.given: Counter[str] = Counter()  # tasks by stage
         self.signed = self.signed_round = -1  # the newest task whose sum may be open, the newest training
-        self.subject = b""  # of the task that we answer once more after a kill, since without masks that tells nothing new
+        self.subject = b""  # of the newest task, where sums are in clear: it may be answered again, it tells the same
         self.counted = self.pending = -1  # the last round that our state has, and our pending one
         self.declined: ColonnadeError | None = None
         self.path: Path | None = None

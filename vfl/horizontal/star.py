@@ -194,10 +194,14 @@ class Star:
                 continue
             self.owed.pop(name, None)
             self.gone.pop(name, None)
-            self.codes.pop(name, None)
-            self.waiting = [other for other in self.waiting if other != name]
+            self._out(name)
             back.append(name)
         return back
+
+    def _out(self, name: str) -> None:
+        """It waits for no turn of this sum any more."""
+        self.codes.pop(name, None)
+        self.waiting = [other for other in self.waiting if other != name]
 
     # ---- the two ways to add up
 
@@ -317,6 +321,7 @@ class Star:
                 self.missing[name], self.owed[name] = str(error), expected
                 if expected is not Scores:
                     self._turn(name, "left out")
+                    self._out(name)
             except (PeerAborted, ProtocolViolation) as error:
                 self._leave(name, error)
             else:

@@ -148,6 +148,24 @@ def test_a_slow_consumer_blocks_the_sender() -> None:
         assert len(grocer.books.inbox) == 0
 
 
+def test_a_ring_while_the_last_one_is_read_silences_none_that_follow() -> None:
+    post = Post(BANK, [], listen=None)
+    post.close()
+    post._bell, hook = socket.socketpair()
+    hook.setblocking(False)
+
+    class Rung:
+        def recv(self, size: int) -> bytes:
+            post.wake()
+            return hook.recv(size)
+
+    with post._bell, hook:
+        post._hook, post._rung = Rung(), False  # type: ignore[assignment]
+        post._turn(set())
+        post.wake()
+        assert hook.recv(1) == b"\0"
+
+
 def test_a_message_above_the_limit_stays_here() -> None:
     with pair() as (bank, _):
         fails(LocalError, "split it", lambda: bank.send(b"", bytes((64 << 20) + 1), SOON))

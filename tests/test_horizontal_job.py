@@ -32,12 +32,14 @@ from parties.session import Session
 from tests.conftest import IDENTITIES, NAMES
 from tests.world import colonnade, free_ports, together
 from vfl.horizontal import job, report
+from vfl.horizontal.models import Score
 from vfl.horizontal.newton import Exact
+from vfl.horizontal.round_messages import Task
 from vfl.horizontal.settings import Job, Schema
 from vfl.horizontal.share import HorizontalModel
 from vfl.horizontal.simulate import deal, simulate
 from vfl.horizontal.simulation import digits
-from vfl.horizontal.trainer import Data
+from vfl.horizontal.trainer import Data, Trainer
 
 FEATURES = ("age", "dose", "weight")
 MARK = 31337.125
@@ -550,6 +552,20 @@ def test_a_client_that_vanishes_is_left_out_and_the_others_finish() -> None:
         raise results["bank"]
     assert ["mill" in one.clients for one in results["bank"].rounds] == [True, True, False, False]
     assert results["bank"].gone == ("mill",)
+
+
+def test_who_is_late_at_the_end_has_no_model_and_is_told_that_it_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Trainer.score
+
+    def late(trainer: Trainer, task: Task) -> Score:
+        time.sleep(0.8 * (threading.current_thread().name == "mill" and task.round == 1))
+        return plain(trainer, task)
+
+    monkeypatch.setattr(Trainer, "score", late)
+    plan = {"strategy": "fedavg", "rounds": 1, "batch": 0, "clients": {"deadline": 0.4, "quorum": 3}}
+    results = outcomes(dict.fromkeys(NAMES, role(held(patients(3)))), star(plan), IDENTITIES)
+    assert results["bank"].gone == ("mill",)
+    assert isinstance(results["mill"], PeerAborted) and results["mill"].reason == "lost"
 
 
 def test_privacy_is_paid_from_one_file_beside_the_key_or_not_at_all(tmp_path: Path) -> None:

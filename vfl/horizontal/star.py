@@ -113,7 +113,8 @@ class Star:
     def finish(self, task: Task) -> None:
         self.task = task
         self._settle((), 0.0)
-        self._tell(list(self.channels), task)
+        told = self._tell(list(self.channels), task)
+        self.gone |= {name: self.missing[name] for name in self.channels if name not in told}  # it has no model
 
     # ---- who takes part
 

@@ -361,6 +361,23 @@ def test_a_late_client_misses_its_round_and_comes_back() -> None:
     assert outcome.gone == ()
 
 
+def test_why_a_late_client_stopped_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails_late(end: _End, task: Task) -> bool:
+        if end.me.name == "c0" and task.round == 1:
+            time.sleep(0.6)
+            raise LocalError("the client's own reason")
+        return plain(end, task)
+
+    plain = _End.answer
+    monkeypatch.setattr(_End, "answer", fails_late)
+    parts = {name: Toy() for name in NAMES}
+    for other in NAMES[1:]:
+        parts[other].acts = {n: lambda w: (time.sleep(0.2), w + 1)[1] for n in range(2, 5)}
+    outcome = Table(openly(clients=Clients(deadline=0.4)), parts).run()
+    assert outcome.gone == ("c0",)
+    assert "a problem with its own input or machine" in outcome.rounds[3].missing["c0"]
+
+
 def test_a_client_whose_update_is_late_is_left_out_and_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sum cannot do without it, waits for it in vain, and fails; the client has broken no rule, nor have others."""
     plain = _End._send

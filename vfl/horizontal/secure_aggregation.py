@@ -286,16 +286,23 @@ def aggregate(
     return Aggregate(context.quantisation.restore(total), tuple(context.names[j] for j in sorted(masked)), roll.lost)
 
 
-def settle(channels: Mapping[str, Channel], owed: Owed) -> None:
-    """At the coordinator, before it chooses whom to ask: whose late message has come by now owes nothing any more.
+def settle(channels: Mapping[str, Channel], owed: Owed) -> dict[str, ColonnadeError]:
+    """At the coordinator, before it chooses whom to ask: whose late message has come by now owes nothing any more. Who
+    stopped or sent something else instead is returned with the reason.
 
     Reveals:
         To nobody anything; nothing is sent.
     """
+    left: dict[str, ColonnadeError] = {}
     for name, late in list(owed.items()):
-        with suppress(PeerLost, PeerAborted, ProtocolViolation):
+        try:
             channels[name].receive(late, 0.0)
-            del owed[name]
+        except PeerLost:
+            continue
+        except (PeerAborted, ProtocolViolation) as error:
+            left[name] = error
+        del owed[name]
+    return left
 
 
 class _Roll:

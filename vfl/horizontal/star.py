@@ -132,7 +132,7 @@ class Star:
         """Before a task: late and killed clients come back, before the deadline if too few are there without them."""
         while True:
             self._take_back()
-            settle(self.channels, self.owed)
+            self._drop_late()
             left = [name for name in names if self._free(name)]
             if not self._wait(len(left), until, any(name in self.owed or self._may_return(name) for name in names)):
                 return
@@ -146,12 +146,16 @@ class Star:
             back = [name for name in self._take_back() if name in self.asked and name not in have]
             if back:
                 self._ask(back, until)
-            settle(self.channels, self.owed)
+            self._drop_late()
             roll = [name for name in self.waiting if name not in have and self._free(name)]
             late = any(name in self.owed for name in self.waiting) or any(map(self._may_return, self.asked))
             if not self._wait(len(roll) + len(have), until, late):
                 self._enough([*roll, *have])
                 return roll
+
+    def _drop_late(self) -> None:
+        for name, error in settle(self.channels, self.owed).items():
+            self._leave(name, error)
 
     def _wait(self, left: int, until: float, late: bool) -> bool:
         """Whether to look again, a moment later."""

@@ -80,8 +80,8 @@ class VerticalLinearModel(BaseEstimator):  # type: ignore[misc]
             To the label holder: numbers of columns; per exchange, the sum over the feature holders of their embeddings
             (one feature holder: its own), m numbers a row, and of scalar products of the solver's history.
             To a feature holder: its own aggregate gradient, d * m numbers an exchange, and the solver's coefficients,
-            among them products of all feature holders' gradients; with early stopping, which epoch was the best. To
-            all: everybody's number of columns, rank and magnitude, the number of outputs m.
+            among them products of all feature holders' gradients; with early stopping, which epoch was the best and
+            when training stops. To all: everybody's number of columns, rank and magnitude, the number of outputs m.
         Raises:
             LocalError: input that cannot be trained on, before anything is sent. Refused, PeerLost,
             ProtocolViolation: see the errors.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,6 +105,19 @@ class Inner:
         wide = np.zeros((len(coef), columns))
         wide[:, : coef.shape[1]] = coef[:, :columns]
         self.estimator.coef_ = wide if isinstance(self.estimator, LogisticRegression) else wide[0]
+
+    @property
+    def state(self) -> dict[str, Matrix]:
+        """Where the next fit starts."""
+        coef, intercept = np.asarray(self.estimator.coef_), np.atleast_1d(self.estimator.intercept_)
+        return {"inner.coef": coef, "inner.intercept": intercept.astype(np.float64)}
+
+    def resume(self, state: Mapping[str, Matrix]) -> None:
+        """Go on where one stood that had this state."""
+        coef, intercept = state["inner.coef"], state["inner.intercept"]
+        several = isinstance(self.estimator, LogisticRegression)
+        self.estimator.coef_, self.estimator.intercept_ = coef, intercept if several else float(intercept[0])
+        self._empty = False
 
     def snapshot(self) -> Any:
         """The fitted estimator as it is now."""

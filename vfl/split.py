@@ -115,7 +115,7 @@ def label_holder(
     """
     ours, patience = merge.blocks[session.name], Patience(schedule.patience, schedule.tolerance)
     course, best, total, rows_seen = Course(validation=patience.losses), Tensors(), 0.0, 0
-    told, width = np.zeros((len(target), merge.width)), max(block.stop - block.start for block in merge.blocks.values())
+    width = max(block.stop - block.start for block in merge.blocks.values())
     if start.exchanges:
         meter.resume(start.arrays)
         bottom.resume(start.arrays)
@@ -130,8 +130,7 @@ def label_holder(
         step = schedule.step(done - 1)
         embedded = bottom.embed(rows)
         merged = collect(session, merge, embedded, step)
-        told[rows] = merged
-        told[rows, ours] -= embedded
+        meter.of_epoch(_theirs(merged, ours, embedded), rows, width)
         loss, residual = top.learn(merged, target[rows], weights[rows])
         check_finite(np.append(residual, loss), done - 1)
         _return(session, merge, exchange, residual, rows, step)
@@ -145,8 +144,7 @@ def label_holder(
             if len(held):
                 embedded = bottom.embed(held)
                 merged = collect(session, merge, embedded, step + 1)
-                told[held] = merged
-                told[held, ours] -= embedded
+                meter.of_epoch(_theirs(merged, ours, embedded), held, width)
                 loss = top.loss(merged, target[held], weights[held])
                 check_finite(np.array([loss]), done - 1)
                 if patience.should_stop(loss):
@@ -155,7 +153,6 @@ def label_holder(
             best = bottom.tensors() | top.tensors() if better else best
             if isinstance(exchange, Guard) and (halt := exchange.end_epoch()):
                 course.stopped = halt.reason
-            meter.embedded(told, width=width)
             meter.read(width, exchange.readings[-1].leak_auc if isinstance(exchange, Guard) else None)
             session.broadcast(EpochEnd(schedule.step(done), better, bool(course.stopped)))
             if course.stopped:
@@ -169,6 +166,13 @@ def label_holder(
         bottom.restore(best)
         top.restore(best)
     return course
+
+
+def _theirs(merged: Matrix, ours: slice, embedded: Matrix) -> Matrix:
+    """Merged embeddings without our part."""
+    told = merged.copy()
+    told[:, ours] -= embedded
+    return told
 
 
 def _return(
@@ -219,7 +223,9 @@ def feature_holder(
         bottom.resume(start.arrays)
     for done, rows in list(enumerate(schedule.batches, start=1))[start.exchanges :]:
         step = schedule.step(done - 1)
-        contribute(session, merge, contribution, bottom.embed(rows), step)
+        embedded = bottom.embed(rows)
+        meter.of_epoch(embedded, rows, width)
+        contribute(session, merge, contribution, embedded, step)
         if end is not None and isinstance(bottom, Linear):
             bottom.learn(weigh_gradient(end, step, rows) / len(rows))
         else:
@@ -228,8 +234,9 @@ def feature_holder(
         if schedule.ends_epoch(done):
             held = schedule.validation
             if len(held):
-                contribute(session, merge, contribution, bottom.embed(held, learning=False), step + 1)
-            meter.embedded(np.empty((meter.rows, width)))
+                embedded = bottom.embed(held, learning=False)
+                meter.of_epoch(embedded, held, width)
+                contribute(session, merge, contribution, embedded, step + 1)
             meter.read(width)
             told = verdict(channel, schedule.step(done))
             best = bottom.tensors() if told.better else best

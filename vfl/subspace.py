@@ -59,7 +59,9 @@ def label_holder(
     n, width = problem.y.shape
     known = np.column_stack([x, start.arrays.get("embeddings", np.empty((n, 0)))])  # our columns, then the embeddings
     directions, first = known.shape[1] - x.shape[1], 0.0
-    meter.embedded(known[:, x.shape[1] :])
+    if start.exchanges:
+        inner.resume(start.arrays)
+        meter.resume(start.arrays)
     for exchange in range(start.exchanges, limits.exchanges):
         weights, intercept = inner.fit(known)
         own = weights[: x.shape[1]]
@@ -94,7 +96,7 @@ def label_holder(
         meter.read(0)
         known = np.column_stack([known, embedded])
         directions += combination.shape[1]
-        start.keep(exchange + 1, {"embeddings": known[:, x.shape[1] :]})
+        start.keep(exchange + 1, {"embeddings": known[:, x.shape[1] :]} | inner.state | meter.state)
     raise ValueError("limits.exchanges is at least 1")
 
 
@@ -120,7 +122,8 @@ def feature_holder(
     exact = end.scales.exact(end.x)
     n, d = exact.shape
     directions, weights, first = start.arrays.get("directions", np.empty((d, 0))), np.zeros((d, width)), 0.0
-    meter.embedded(exact @ directions)
+    if start.exchanges:
+        meter.resume(start.arrays)
     for exchange in range(start.exchanges, limits.exchanges):
         count = directions.shape[1]
         if exchange:
@@ -153,10 +156,10 @@ def feature_holder(
                 raise ValueError("a direction that cannot be")
         directions = np.column_stack([directions, added])
         embedding = exact @ added
-        start.keep(exchange + 1, {"directions": directions})  # before it goes: whoever resumes knows that it went
-        contribution.send_embedding(embedding, exchange)
         meter.embedded(embedding)
         meter.read(0)
+        start.keep(exchange + 1, {"directions": directions} | meter.state)  # before it goes: whoever resumes knows that
+        contribution.send_embedding(embedding, exchange)
     raise ProtocolViolation(f"{channel.peer} wants more than {limits.exchanges} exchanges", peer=channel.peer)
 
 

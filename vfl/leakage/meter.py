@@ -78,6 +78,20 @@ def gradient_leak(gradients: Matrix, y: Vector) -> float:
 def label_correlation(embeddings: Matrix, y: Vector) -> float:
     """The multiple correlation, 0 to 1, of y (n,) with embeddings (n, k): with their best linear map."""
     centred, labels = embeddings - embeddings.mean(axis=0), y - y.mean()
-    fitted = centred @ np.linalg.lstsq(centred, labels, rcond=None)[0]
-    spread = float(labels @ labels)
-    return float(np.sqrt(fitted @ fitted / spread)) if spread else 0.0
+    return correlation_of(moments(centred, labels))
+
+
+def moments(embeddings: Matrix, y: Vector) -> Matrix:
+    """Sums (k + 2, k + 2) of products of embeddings (n, k), y (n,) and 1: those of batches add up."""
+    block = np.column_stack([embeddings, y, np.ones(len(y))])
+    return np.asarray(block.T @ block)
+
+
+def correlation_of(sums: Matrix) -> float:
+    """`label_correlation`, from `moments` of the same rows."""
+    spread = sums[:-1, :-1] - np.outer(sums[-1, :-1], sums[-1, :-1]) / max(sums[-1, -1], 1.0)
+    inner, across, square = spread[:-1, :-1], spread[:-1, -1], float(spread[-1, -1])
+    if square <= 1e-12 * sums[-2, -2]:  # y is constant
+        return 0.0
+    explained = float(across @ np.linalg.lstsq(inner, across, rcond=None)[0])
+    return float(np.sqrt(min(max(explained / square, 0.0), 1.0)))

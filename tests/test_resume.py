@@ -20,12 +20,13 @@ from sklearn.preprocessing import StandardScaler
 from parties.errors import LocalError, Refused
 from parties.memory import outcomes
 from parties.session import Session
-from tests.training import Dies, agreed, table
+from tests.training import Dies, agreed, sent, table
 from tests.world import build, colonnade, customers, together
 from vfl import sgd
 from vfl.inner import Inner, Problem
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Logistic, Multinomial, Poisson, Squared
+from vfl.messages import PartialEmbedding
 from vfl.resume import Checkpoints
 
 JOB = b"j" * 32
@@ -36,10 +37,14 @@ def train(
     *,
     stop_at: dict[str, int] | None = None,
     resume: bool = False,
+    parties: int = 3,
+    other_labels: bool = False,
+    recorded: Any = None,
     **params: Any,
 ) -> dict[str, Any]:
     """All parties' models, or what stopped them; `stop_at` kills a party in place of its n-th checkpoint."""
-    parts, y = table(3, 100)
+    parts, y = table(parties, 100)
+    y = 1 - y if other_labels else y
 
     def role(session: Session) -> Any:
         target = y if session.is_label_holder else None
@@ -48,7 +53,7 @@ def train(
         return model.fit(parts[session.name], target, session=session, checkpoints=checkpoints, resume=resume)
 
     tables = {"encryption": {"scheme": "lattice"}, "model": {"allow_reconstruction": True}}
-    return outcomes(dict.fromkeys(parts, role), **agreed(list(parts), **tables))
+    return outcomes(dict.fromkeys(parts, role), **agreed(list(parts), **tables), recorded=recorded)
 
 
 SMALL = {"solver": "sgd", "batch_size": 25, "epochs": 4}
@@ -81,6 +86,20 @@ def test_a_label_holder_cannot_ask_for_more_embeddings_by_starting_over(tmp_path
     for ended in train(tmp_path, resume=True).values():
         assert isinstance(ended, Refused)
         assert str(ended).endswith("run without --resume")
+
+
+@pytest.mark.parametrize("params", [{}, SMALL], ids=["subspace", "sgd"])
+def test_a_label_holder_that_goes_back_and_answers_otherwise_gets_no_other_embedding(tmp_path, params):
+    """It hides its last state, so that an exchange is done again, and steers the feature holder elsewhere."""
+    first, second = {}, {}
+    train(tmp_path, stop_at={"grocer": 2}, parties=2, recorded=first, **params)
+    for _ in range(2):  # stopped once, it is not forgotten
+        (tmp_path / "bank" / "training-000002.checkpoint").unlink(missing_ok=True)
+        ended = train(tmp_path, resume=True, parties=2, other_labels=True, recorded=second, **params)
+        assert isinstance(ended["grocer"], Refused) and "came out otherwise" in str(ended["grocer"])
+        before, again = (sent(one, "grocer", "bank", PartialEmbedding) for one in (first, second))
+        told = {one.exchange: one.data.tolist() for one in before}
+        assert all(told[one.exchange] == one.data.tolist() for one in again)
 
 
 def test_a_state_of_another_job_and_a_damaged_one_are_refused(tmp_path):

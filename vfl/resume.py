@@ -69,6 +69,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, job: bytes, every: int = EVERY) -> None:
         self._folder, self._job, self._every = folder, job, every
+        self._before: dict[int, Mapping[str, Array]] = {}
 
     def _path(self, exchanges: int) -> Path:
         return self._folder / f"training-{exchanges:06d}.checkpoint"
@@ -81,9 +82,15 @@ class Checkpoints:
         return found
 
     def keep(self, exchanges: int, arrays: Mapping[str, Array]) -> None:
-        """Write a state when it is due; the oldest goes."""
+        """Write a state when it is due; the oldest goes. Raises Refused: what was done again came out otherwise."""
         if exchanges % self._every:
             return
+        before = self._before.pop(exchanges, arrays)
+        if before.keys() != arrays.keys() or any(before[name].tobytes() != arrays[name].tobytes() for name in before):
+            raise Refused(
+                f"exchange {exchanges} was done again and came out otherwise: a peer, or another machine, computes "
+                "other numbers; going on would tell more than was agreed: run without --resume"
+            )
         write_checkpoint(self._path(exchanges), self._job, {}, arrays)
         for path in sorted(self._folder.glob("training-*.checkpoint"))[:-KEPT]:
             path.unlink()
@@ -95,7 +102,8 @@ class Checkpoints:
 
     def start(self, session: Session, *, resume: bool) -> Start:
         """Where all go on together: from the last state that all have kept, or from the beginning. What is done again
-        are the last `every` exchanges at most, which come out the same: the label holder learns nothing more.
+        are the last `every` exchanges at most. Whoever has their state holds it against the new one, and stops before
+        the next if they differ: a peer that answers otherwise the second time learns nothing more from that.
 
         Reveals:
             To all: how far our last training came.
@@ -116,7 +124,8 @@ class Checkpoints:
                 "no state that all parties have: going on would show the label holder more embeddings of the same rows "
                 "than were agreed; run without --resume"
             )
-        for exchanges in set(ours) - common:  # ahead of the others: not to be mistaken for the new run's
-            self._path(exchanges).unlink()
-        found = read_checkpoint(self._path(last), self._job)
-        return Start(last, found.arrays if found else {}, self.keep, self._every)
+        states = {one: read_checkpoint(self._path(one), self._job) for one in ours if one >= last}
+        arrays = {one: state.arrays for one, state in states.items() if state is not None}
+        first = arrays.pop(last, {})
+        self._before = dict(arrays)  # ahead of the others; they stay, for whoever stops us again
+        return Start(last, first, self.keep, self._every)

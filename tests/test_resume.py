@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from sklearn.preprocessing import StandardScaler
 
 from parties.errors import LocalError, Refused
 from parties.memory import outcomes
+from parties.preparation import Preparation
 from parties.session import Session
 from tests.training import Dies, agreed, sent, table
 from tests.world import build, colonnade, customers, together
 from vfl import sgd
 from vfl.inner import Inner, Problem
+from vfl.job import _job
 from vfl.linear import VerticalLogisticRegression
 from vfl.losses import Logistic, Multinomial, Poisson, Squared
 from vfl.messages import PartialEmbedding
@@ -125,6 +128,16 @@ def test_the_label_holders_own_fit_goes_on_to_the_last_bit(loss):
     again.resume(whole.state)
     for ours, theirs in zip(again.fit(x), whole.fit(x), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_training_is_of_one_party_under_one_agreement():
+    held: Any = SimpleNamespace(
+        features=pd.DataFrame({"a": [1.0, 2.0]}), plan=Preparation(), label=None, weights=None, own=None
+    )
+    digests = {_job(agreed(["bank", name])["agreement"], name, held) for name in ("grocer", "mobile")}
+    known = agreed(["bank", "grocer", "mobile"])["agreement"]
+    digests |= {_job(known, name, held) for name in ("grocer", "mobile")}
+    assert len(digests) == 4 and _job(known, "grocer", held) in digests
 
 
 def test_two_states_are_kept_whatever_happens(tmp_path):

@@ -86,7 +86,7 @@ def train(
     told = _information(session, prepared, common)
     if folder is None or session.agreement.search is not None:
         return _train_on(session, prepared, common, report, None, False, told)
-    job, name = _job(session.agreement, prepared), session.id.hex()
+    job, name = _job(session.agreement, session.name, prepared), session.id.hex()
     write_checkpoint(folder / ALIGNMENT, job, {"session": name, "information": told}, {"rows": common.astype("<i8")})
     return _train_on(session, prepared, common, report, _checkpoints(folder, session.agreement, job, name), False, told)
 
@@ -99,10 +99,11 @@ def _information(session: Session, prepared: Prepared, common: NDArray[np.int64]
     return measure(session, prepared.features.iloc[rows], prepared.plan, label)
 
 
-def _job(agreement: Agreement, prepared: Prepared) -> bytes:
-    """What an interrupted training was: the agreement, our own columns and label, our own module's code."""
+def _job(agreement: Agreement, party: str, prepared: Prepared) -> bytes:
+    """What an interrupted training was: the agreement, who we are, our own columns and label, our own module's code."""
     plan = msgspec.json.encode([list(prepared.features), prepared.plan], order="sorted")
-    digest = hashlib.sha256(b"colonnade/job/1" + agreement.digest + hashlib.sha256(plan).digest())
+    whose = hashlib.sha256(party.encode()).digest()
+    digest = hashlib.sha256(b"colonnade/job/2" + agreement.digest + whose + hashlib.sha256(plan).digest())
     for values in (
         *(prepared.features[name] for name in prepared.features),
         *map(pd.Series, (prepared.label, prepared.weights)),
@@ -225,7 +226,7 @@ def resume(party: Party, progress: Progress, note: Callable[[str], None]) -> Out
     approval, house = party.approval, psi_job.House(party, "resumed_", spends=False)
     prepared = prepare(party)
     try:
-        found = read_checkpoint(party.output / ALIGNMENT, _job(party.agreement, prepared))
+        found = read_checkpoint(party.output / ALIGNMENT, _job(party.agreement, party.name, prepared))
     except LocalError:
         changed = "our table, [prepare] or the agreement has changed since"
         raise LocalError(f"{party.output}: {changed}; run without --resume") from None

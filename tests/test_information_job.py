@@ -17,8 +17,10 @@ from parties.preparation import CategoryColumn, NumberColumn, Preparation
 from parties.session import Session
 from tests.training import agreed, altering, kinds, sent, with_fields
 from tests.world import build, colonnade, together
+from vfl.console import out
 from vfl.information import measure
 from vfl.information_messages import ColumnValue
+from vfl.report import closing_table
 from vfl.weight_of_evidence import bin_columns
 
 INFORMATION = """test_fraction = 0.25
@@ -128,6 +130,16 @@ def test_the_ledger_has_one_word_a_column_and_the_counts_a_phase(finished):
         ("bank", "aggregate")
     }
     assert {line["phase"] for line in told} == {"information"}
+
+
+def test_the_closing_table_shows_a_columns_name_as_it_is():
+    summary: Any = dict.fromkeys(("title", "party", "role"), "") | dict.fromkeys(("rows_train", "rows_test"), 1)
+    summary |= {"rows": {"kept": 1, "read": 1}, "intersection": 1, "parties": [], "converged": True, "exchanges": 1}
+    summary |= {"seconds": 0.0, "seconds_by_phase": {}, "bytes_by_phase": {}, "bytes_sent": {}, "notes": []}
+    summary |= {"encryption": {}, "information": [{"party": "", "column": "spent [eur]", "iv": 0.5}]}
+    with out.capture() as shown:
+        out.print(closing_table(summary))
+    assert "spent [eur] 0.500" in shown.get()
 
 
 # ---- what is refused before anything is sent

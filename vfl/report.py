@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from rich.filesize import decimal
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -197,7 +196,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
     ours = [row for row in summary.get("information", []) if row["party"] == summary["party"]]
     if ours:
         best = sorted(ours, key=lambda row: row["iv"], reverse=True)[:MOST_COLUMNS]
-        table.add_row("information value", escape(", ".join(f"{row['column']} {row['iv']:.3f}" for row in best)))
+        table.add_row("information value", ", ".join(f"{row['column']} {row['iv']:.3f}" for row in best))
     state = "complete" if summary["converged"] else "stopped before the optimum, see the note"
     table.add_row("exchanges", f"{summary['exchanges']} ({state})")
     for row in encryption_rows(summary["encryption"]):

@@ -14,7 +14,9 @@ import pytest
 
 from parties.errors import LocalError
 from tests.world import build, colonnade, customers, together
-from vfl.own_code import load
+from vfl.neural_share import NetworkShare, Tensor
+from vfl.own_code import Own, load
+from vfl.task import load_share
 
 torch = pytest.importorskip("torch", reason="networks need the extra 'torch'")
 
@@ -151,3 +153,23 @@ def test_a_file_that_fails_is_named_and_its_words_are_not_repeated(tmp_path):
         load("two.py:build", tmp_path)
     (tmp_path / "three.py").write_text("def build():\n    return 3\n")
     assert load("three.py:build", tmp_path)() == 3
+
+
+def test_a_share_that_had_no_module_of_our_own_is_refused_with_what_to_do(tmp_path):
+    """Such as another party's, which holds none of the numbers that ours needs."""
+    share = NetworkShare(
+        kind="VerticalMLPClassifier",
+        party="grocer",
+        training="",
+        agreement="",
+        params={"hidden_layer_sizes": [4]},
+        features=["a"],
+        tensors={"weights": Tensor([1, 4], [0.0] * 4)},
+        classes=[],
+        epochs=1,
+        own_top=False,
+        own_bottom=True,
+    )
+    share.save(tmp_path / "model.json")
+    with pytest.raises(LocalError, match="without a top of our own: take it out"):
+        load_share(tmp_path / "model.json", Own("top", lambda inputs, outputs: None, b""))

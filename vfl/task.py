@@ -173,6 +173,8 @@ def load_share(path: Path, own: Own | None = None) -> VerticalLinearModel | Vert
     share = NetworkShare.load(path)
     if own is None and (share.own_top or share.own_bottom):
         raise LocalError(f"{path} was trained with a module of our own: name it under [model] in our own file")
+    if own is not None and not (share.own_top if own.part == "top" else share.own_bottom):
+        raise LocalError(f"{path} was trained without a {own.part} of our own: take it out of [model] in our own file")
     return kind.load(path, **({} if own is None else own.of_share(share)))
 
 

@@ -141,9 +141,9 @@ class VerticalMLP(BaseEstimator):  # type: ignore[misc]
         Reveals:
             To the label holder: numbers of columns; per batch and epoch m numbers a row, the sum over the feature
             holders of their embeddings (one feature holder, or side by side: each one's).
-            To a feature holder: its own aggregate gradient, d * m numbers a batch; in open mode every row's gradient
-            under noise, and whether these reached the agreed leak_auc. With early stopping which epoch was the best
-            and when training stops. To all: everybody's number of columns, rank and magnitude.
+            To a feature holder: its own aggregate gradient, d * m numbers a batch; in open mode every row's gradient,
+            times its weight, under noise, and whether these reached the agreed leak_auc. With early stopping which
+            epoch was the best and when training stops. To all: everybody's number of columns, rank and magnitude.
         Raises:
             LocalError: input that cannot be trained on, before anything is sent; an exploding loss. Refused: the
             agreement does not consent. PeerLost, ProtocolViolation: see the errors.

@@ -288,6 +288,16 @@ def test_what_cannot_be_prepared_is_one_line_before_anything_is_sent(tmp_path, c
     assert not (tmp_path / "out" / "telco" / "ledger.jsonl").exists()
 
 
+def test_a_weight_below_zero_is_refused_before_anything_is_sent(tmp_path):
+    tables = customers(110, 4)
+    tables["bank"]["worth"] = np.linspace(-1, 2, len(tables["bank"]))
+    paths = organisations(tmp_path, tables)
+    edit(paths["bank"], ", 'worth']", "]\nweight = 'worth'")
+    code, _, err = colonnade("run", paths["bank"])
+    assert code == 2 and "bank.csv, column 'worth': sample weights are" in err and "none negative" in err, err
+    assert not (tmp_path / "out" / "bank" / "ledger.jsonl").exists()
+
+
 def test_fewer_rows_than_prepared_columns_are_refused(tmp_path):
     tables = customers(110, 4)
     tables["bank"] = tables["bank"].iloc[:25].assign(job=[f"job {number}" for number in range(25)])

@@ -21,7 +21,7 @@ from psi import job as psi_job
 from vfl.bottoms import Deep, frozen
 from vfl.exchange import Scales
 from vfl.information import rehearse
-from vfl.inputs import RANK_TOLERANCE, check_columns, matrix
+from vfl.inputs import RANK_TOLERANCE, check_columns, matrix, row_weights
 from vfl.losses import Vector
 from vfl.optimisers import Rule, load_torch
 from vfl.own_code import Own, blamed_on, own_module
@@ -95,6 +95,11 @@ def prepare(
         load_torch()
     weights = table.features.pop(weight)[read.ids.rows] if weight else None
     features, truth = _taking_part(read, choice, target)
+    if weights is not None:
+        try:
+            row_weights(weights, len(weights))
+        except LocalError as error:
+            raise LocalError(f"{table.source}, column {weight!r}: {error}") from None
     try:
         fitted = trained or fitted_on(features, plan, agreement.model, party.is_label_holder)
         columns = fitted.transform(features)

@@ -43,8 +43,8 @@ from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.report import training, training_rows
 from vfl.horizontal.round_messages import OVER_BUDGET, SIGNED, Admission, Ready, Scores, Task, Turn, Update
 from vfl.horizontal.round_messages import Table as TableMessage
-from vfl.horizontal.rounds import Collected
-from vfl.horizontal.settings import Job, Schema
+from vfl.horizontal.rounds import Collected, combine
+from vfl.horizontal.settings import TAIL, Job, Schema
 from vfl.horizontal.simulate import simulate
 from vfl.horizontal.star import Star
 from vfl.horizontal.strategies import Part, Population, broadcast, client_round, server_round, strategy
@@ -898,6 +898,24 @@ def test_a_claimed_weight_below_zero_moves_nothing_under_a_robust_rule() -> None
     parts = {name: Claims() if name == "c3" else Toy() for name in NAMES}
     settings = own(rounds=2, robust="median", secure_aggregation="none")
     np.testing.assert_allclose(Table(settings, parts).run().weights, 2.0)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "feddyn", "scaffold"])
+@pytest.mark.parametrize("robust", ["median", "trimmed_mean", "multi_krum"])
+def test_no_claimed_weight_scales_a_robust_sum(robust: Any, strategy: str) -> None:
+    """SCAFFOLD and FedDyn use sums besides means: a poisoner's rows would scale these."""
+    settings = family(strategy, model="own", secure_aggregation="none", robust=robust, poisoned=1)
+    job = Job(settings, Schema(model="own", size=3), 6)
+    length = job.length("train", 0)
+    honest = np.zeros(length)
+    honest[: -TAIL - 1], honest[-TAIL - 1] = 20.0, 10.0
+    parts = {f"c{place}": honest.copy() for place in range(5)}
+    expected = combine(job, parts | {"c5": honest})
+    assert expected[0] == pytest.approx(6 * 20.0)
+    np.testing.assert_allclose(combine(job, parts | {"c5": honest * 1e9})[:-TAIL], expected[:-TAIL])
+    tiny = honest.copy()
+    tiny[-TAIL - 1] = 1e-308  # nobody's rows: an update that is beyond all numbers
+    np.testing.assert_allclose(combine(job, parts | {"c5": tiny})[:-TAIL], expected[:-TAIL] * 5 / 6)
 
 
 @pytest.mark.parametrize("robust", ["median", "trimmed_mean", "krum", "multi_krum"])

@@ -158,12 +158,14 @@ def combine(job: Job, parts: Mapping[str, Vector]) -> Vector:
         return total
     cut = messages.shape[1] - TAIL - 1
     weights = messages[:, cut]
-    present = weights > 0
+    present = weights >= 1  # rows, or 1 for a client
     if not present.any():
         return total
     updates = messages[present, :cut] / weights[present, None]
     chosen = rule(job.settings.robust, poisoned=job.settings.poisoned, bound=job.settings.norm_bound)
-    total[cut] = weights[present].sum()  # a weight below zero is nobody's rows
+    total[cut] = weights[present].sum()
+    if job.settings.robust != "norm_bound":  # what a client claims scales no sum either
+        total[cut] = np.median(weights[present]) * np.count_nonzero(present)
     total[:cut] = chosen(updates, weights[present]) * total[cut]
     return total
 

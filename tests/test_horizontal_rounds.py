@@ -1087,6 +1087,20 @@ def test_clients_drawn_in_secret_cost_what_the_pld_accountant_says(tmp_path: Pat
         raise table.run()
 
 
+def test_who_is_not_drawn_waits_as_long_as_the_rounds_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the number asked, rounded up, is that of all."""
+    waits, plain = [], _End.next_task
+
+    def next_task(end: _End, patience: float | None) -> Task:
+        waits.append(patience)
+        return plain(end, patience)
+
+    monkeypatch.setattr(_End, "next_task", next_task)
+    clients = msgspec.structs.replace(drawn().clients, fraction=0.9)
+    Table(msgspec.structs.replace(drawn(), clients=clients), dealt(*cancer())).run()
+    assert set(waits) == {clients.longest * 9}
+
+
 def test_a_round_for_which_nobody_is_drawn_has_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Job, "choose", lambda *given: [])
     x, y = cancer()

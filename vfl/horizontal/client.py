@@ -130,7 +130,7 @@ def take_part(
     if folder is not None and settings.checkpoint:
         end.restore(folder / NAME, Bound(agreement=agreement, party=me.name), admitted)
     patience = None  # of its channel; who is not asked waits for others' rounds
-    if trainer.job.asked < trainer.job.clients:
+    if trainer.job.leaves_out:
         patience = settings.clients.longest * (settings.rounds + 1)
     scores: list[Score] = []
     rounds: list[Round] = []

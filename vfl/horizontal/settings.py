@@ -244,6 +244,11 @@ class Job:
     def asked(self) -> int:
         return self.settings.clients.asked(self.clients)
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a round may do without a client that is there; one drawn by itself may be missed at any number."""
+        return self.asked < self.clients or self.settings.clients.rate < 1
+
     @cached_property
     def mechanism(self) -> GaussianMechanism:
         """The noise of one round, so that all rounds and the allowed repeats cost the agreed epsilon."""

@@ -16,6 +16,8 @@ NotNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
+MOST_CATEGORIES = 10_000  # of a column
+Words = Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=MOST_CATEGORIES)]
 
 AVERAGING = ("fedsgd", "fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox")
 

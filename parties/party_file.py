@@ -13,6 +13,7 @@ from msgspec import Meta
 from parties.agreement import Agreement, Result
 from parties.errors import LocalError, Refused
 from parties.files import read_bytes, write_whole
+from parties.horizontal import Words
 from parties.identity import Identity, PublicIdentity
 from parties.parsing import parse_json, parse_toml
 from parties.preparation import Preparation
@@ -59,7 +60,7 @@ class TableChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     aggregate: dict[str, Literal["sum", "mean", "max", "count"]] = {}
     columns: dict[str, str] = {}
     units: dict[str, str] = {}
-    categories: dict[str, Annotated[tuple[str, ...], Meta(min_length=1)]] = {}
+    categories: dict[str, Annotated[Words, Meta(min_length=1)]] = {}
 
     def __post_init__(self) -> None:
         if (self.duplicates == "aggregate") != bool(self.aggregate):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +20,10 @@ from tests.test_horizontal_job import build, colonnade, patients, said
 from tests.world import together
 from vfl.horizontal.categories import codes, encode, encoder, expanded, union
 from vfl.horizontal.federated import FederatedLogisticRegression, train
+from vfl.horizontal.round_messages import Table
+from vfl.horizontal.settings import Schema, reference
 from vfl.horizontal.share import HorizontalModel
+from vfl.horizontal.star import parse_table
 from vfl.horizontal.trainer import Data
 
 WARDS = {"site0": ["heart", "eye"], "site1": ["lung"], "site2": ["eye", "lung", "ear"]}  # nobody lies in "ear"
@@ -113,6 +117,24 @@ def test_words_at_one_client_and_numbers_at_another_are_refused_with_the_differe
         train(parts, Horizontal())
     with pytest.raises(Refused, match="c1 has categories in column 'ward', as c0 has"):
         train({"c0": parts["c2"], "c1": words, "c2": words}, Horizontal())
+
+
+def test_what_a_peer_declares_is_bounded_in_number_length_and_wording() -> None:
+    """Every other client would make a column of each."""
+
+    def told(**given: Any) -> Schema:
+        return parse_table(Table(np.frombuffer(msgspec.json.encode({"model": "linear", **given}), np.uint8)))
+
+    many = [str(place) for place in range(10_001)]
+    assert told(categories={"ward": many[1:]}, short="rows").short == "rows"
+    for wrong in ({"categories": {"ward": many}}, {"categories": {"ward": ["x" * 257]}}, {"short": "rows\nof theirs"}):
+        with pytest.raises(ValueError, match="does not parse"):
+            told(**wrong)
+    with pytest.raises(ValueError, match="does not parse"):
+        told(model="linear\x1b[2J")
+    halves = {name: told(categories={"ward": part}) for name, part in (("c0", many[:6000]), ("c1", many[5000:]))}
+    with pytest.raises(Refused, match="column 'ward': all clients together declare 10001 categories"):
+        reference(Horizontal(model="linear"), halves)
 
 
 def test_simulate_takes_the_words_that_occur(tmp_path: Path) -> None:

@@ -60,8 +60,10 @@ def encode(x: Matrix, columns: Sequence[str], ours: Categories, wanted: Categori
         if strange := int(np.count_nonzero(~np.isin(values, np.arange(len(ours[name]))))):
             raise LocalError(f"column {name!r}: {strange} values are none of the {len(ours[name])} declared categories")
         order = {value: position for position, value in enumerate(wanted[name])}
-        ones = np.eye(len(order))[[order[value] for value in ours[name]]]
-        parts.append(ones[values.astype(np.intp)])
+        places = np.array([order[value] for value in ours[name]], np.intp)
+        ones = np.zeros((len(x), len(order)))
+        ones[np.arange(len(x)), places[values.astype(np.intp)]] = 1
+        parts.append(ones)
     return np.hstack(parts)
 
 

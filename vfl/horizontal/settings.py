@@ -8,13 +8,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from parties.errors import LocalError, Refused
-from parties.horizontal import Horizontal
+from parties.horizontal import MOST_CATEGORIES, Horizontal, Words
 from vfl.horizontal.accounting import noise_multiplier, sampled
 from vfl.horizontal.categories import encoder, expanded, union
 from vfl.horizontal.context import Context, Quantisation
@@ -42,16 +42,16 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     travel (own models only). short: what the agreed minimum lacks.
     """
 
-    model: str
+    model: Literal["logistic", "linear", "poisson", "own"]
     columns: tuple[str, ...] = ()
     dtypes: dict[str, str] = {}
     units: dict[str, str] = {}
-    categories: dict[str, tuple[str, ...]] = {}
+    categories: dict[str, Words] = {}
     classes: tuple[int | float | str | bool, ...] = ()
     declared: bool = False
     size: int = 0
     rows: int = 0
-    short: str = ""
+    short: Literal["", "rows", "classes"] = ""
 
     def difference(self, other: Schema) -> str:
         """The first one that matters, as one line; empty where there is none."""
@@ -87,7 +87,8 @@ def reference(settings: Horizontal, tables: Mapping[str, Schema]) -> Schema:
     """What all must look like: the first table's columns, the union of the declared categories, the agreed, declared or
     all occurring classes.
 
-    Raises Refused: the labels are of several types, or there are fewer than two classes to tell apart.
+    Raises Refused: the labels are of several types, there are fewer than two classes to tell apart, or too many
+    categories.
     """
     first = next(iter(tables.values()))
     classes: tuple[Any, ...] = tuple(sorted(settings.classes)) or next(
@@ -102,6 +103,12 @@ def reference(settings: Horizontal, tables: Mapping[str, Schema]) -> Schema:
         raise Refused("all clients together have fewer than two classes; there is nothing to tell apart")
     found = union(one.categories for one in tables.values())
     categories = {column: found[column] for column in first.categories}
+    for column, words in categories.items():
+        if len(words) > MOST_CATEGORIES:
+            raise Refused(
+                f"column {column!r}: all clients together declare {len(words)} categories, and a column has at most "
+                f"{MOST_CATEGORIES}; leave it out, or merge some"
+            )
     return msgspec.structs.replace(
         first, categories=categories, classes=classes, declared=bool(classes), rows=0, short=""
     )

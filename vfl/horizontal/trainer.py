@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,7 @@ def describe(settings: Horizontal, data: Data | None, model: Model | None) -> Sc
     if data is None:
         raise LocalError("no table was given to train on")
     occurring: tuple[Any, ...] = ()
-    short = "" if len(data.y) >= settings.clients.minimum_rows else "rows"
+    short: Literal["", "rows", "classes"] = "" if len(data.y) >= settings.clients.minimum_rows else "rows"
     if settings.model == "logistic":
         occurring = tuple(np.unique(data.y).tolist())
         if not short and len(occurring) < settings.clients.minimum_classes:

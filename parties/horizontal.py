@@ -211,9 +211,15 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             ),
             (
                 self.clients.selection == "poisson"
-                and (self.privacy.level != "client" or noise != "central" or self.secure or self.clients.minimum > 1),
+                and (
+                    self.privacy.level != "client"
+                    or noise != "central"
+                    or self.secure
+                    or self.clients.minimum > 1
+                    or self.clients.quorum
+                ),
                 'selection = "poisson" keeps secret who is drawn: privacy level "client", noise "central", '
-                'secure_aggregation = "none" and no minimum',
+                'secure_aggregation = "none", no minimum and no quorum',
             ),
             (self.degree % 2, "the degree of the graph of secure aggregation is even"),
             (self.degree and not self.secure, "a degree is of secure aggregation, which is off"),

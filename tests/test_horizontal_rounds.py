@@ -40,7 +40,7 @@ from vfl.horizontal.local import Correction, Objective, Plan, Trained
 from vfl.horizontal.messages import KeyList, KeyOffer
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
-from vfl.horizontal.report import training, training_rows
+from vfl.horizontal.report import protection, training, training_rows
 from vfl.horizontal.round_messages import OVER_BUDGET, SIGNED, Admission, Ready, Scores, Task, Turn, Update
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected, combine
@@ -555,6 +555,16 @@ TWO = {"secure_aggregation": "none"}
             "how many rows each client has",
         ),
         ({"strategy": "fedavg", "clients": Clients(selection="poisson")}, "keeps secret who is drawn"),
+        (
+            {
+                "strategy": "fedavg",
+                "privacy": Privacy(level="client", noise="central", rows=9),
+                "classes": (0, 1),
+                "clients": Clients(selection="poisson", quorum=3),
+                **TWO,
+            },
+            "no minimum and no quorum",
+        ),
         (
             {"strategy": "fedavg", "privacy": Privacy(level="client", rows=9), "classes": (0, 1), **TWO},
             "hide only the sum",
@@ -1085,6 +1095,29 @@ def test_clients_drawn_in_secret_cost_what_the_pld_accountant_says(tmp_path: Pat
     assert job.mechanism.multiplier < 0.5 * Job(whole, job.schema, 4).mechanism.multiplier
     with pytest.raises(Refused, match="the privacy budget for risk is used up"):
         raise table.run()
+
+
+def test_a_client_hears_of_no_other_that_was_drawn() -> None:
+    """It is asked when it is drawn itself; what it receives and keeps names nobody."""
+    heard, plain = [], Channel.receive
+
+    def receive(channel: Channel, *given: Any) -> Any:
+        message = plain(channel, *given)
+        if channel.peer == "hub":
+            heard.append(message)
+        return message
+
+    table = Table(drawn(), dealt(*cancer()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Channel, "receive", receive)
+        patch.setattr(Job, "choose", lambda job, number, *given: [number % 3, 3])
+        outcome = table.run()
+    assert {len(one.data) for one in heard if isinstance(one, Turn)} == {len(b"[]")}
+    for name, ours in table.outcomes.items():
+        assert {other for one in ours.rounds for other in (*one.clients, *one.missing)} <= {name}
+        numbers = [one.number for one in outcome.rounds if name in one.clients]
+        assert [one.number for one in ours.rounds] == numbers
+    assert "each drawn with chance 0.25 a round" in dict(protection(drawn()))["Differential privacy"]
 
 
 def test_who_is_not_drawn_waits_as_long_as_the_rounds_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,12 +104,14 @@ def take_part(
         To the coordinator: what our table looks like, our loss and accuracy before and after training and over how
         many rows, hence about how many we have (not under privacy), when we are ready, and the largest of our numbers
         up to a power of 2^8, above 2^24. Of our update with secure aggregation what the sum tells, without it the
-        update itself. Under privacy our number of rows only where clients are chosen by it.
+        update itself.
         A coordinator that deviates chooses the weights that all clients of a sum are asked about, and within the bounds
         of the quorum who they are: of consecutive rounds at the same weights it learns our part by difference. Of each
         round we open one sum; of rounds, scores and the sums before training we answer no more than was agreed, also
         when we were killed and came back.
-        To the other clients: that we take part, and what the weights of a round tell of the sum.
+        To the other clients: that we take part, what the weights of a round tell of the sum, and, among those of all,
+        the categories that we declare and the classes that we declare or else have. With secure aggregation also in
+        which sums we are.
     Raises:
         Refused: our table is not what all others have; the text has the difference.
         LocalError: our rows or our model cannot be trained on.

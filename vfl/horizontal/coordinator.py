@@ -64,7 +64,9 @@ def coordinate(
         and after and over how many rows (not under privacy), and the sum of each round: its weights follow from it.
         With secure aggregation nothing else of an update but its largest number up to a power of 2^8, and that only
         above 2^24; without it, each client's update. With leave_one_out also how the others score without each client.
-        To every client: the weights of each round, the number of clients and of rows in all, and who is in each sum.
+        To every client: the weights of each round that it is asked in, the number of clients and of rows in all, the
+        categories and classes of all clients' tables together, and with secure aggregation who is in each sum. Who is
+        drawn in secret hears of no other.
     Raises:
         Refused: the number of clients or a table does not go with what was agreed; the text says which and how.
         PeerLost: a round has fewer clients than its quorum, and who was killed did not come back before its deadline;

@@ -153,6 +153,8 @@ def protection(plan: Horizontal) -> list[tuple[str, str]]:
     if privacy.level != "none":
         what = "example" if privacy.level == "record" else "client"
         private = f"epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for one {what}, {privacy.noise} noise"
+        if plan.clients.rate < 1:
+            private += f"; each drawn with chance {plan.clients.rate:g} a round, which only the coordinator sees"
     return [
         ("Secure aggregation", secure if plan.secure else "off: the coordinator sees every client's update"),
         ("Differential privacy", private),

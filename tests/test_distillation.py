@@ -183,6 +183,15 @@ def test_every_client_counts_alike_and_one_without_rows_is_only_taught() -> None
     assert models[3].estimator.score(*test) > 0.5
 
 
+def test_a_pipeline_learns_where_all_know_the_same_one_class() -> None:
+    parts, public, _ = digits()
+    x, y = parts[0][0][parts[0][1] == 0], np.zeros(np.count_nonzero(parts[0][1] == 0), int)
+    model = make_pipeline(StandardScaler(), GaussianNB())
+    models = [Distilled(model, x, y, public, range(10)) for _ in range(3)]
+    outcome = simulate(plan(public, 2, secure_aggregation="none"), models)
+    np.testing.assert_array_equal(outcome.weights.reshape(-1, 10), np.tile(np.eye(10)[0], (len(public.x), 1)))
+
+
 def test_the_coordinators_student_needs_the_consensus_alone() -> None:
     parts, public, test = digits()
     models = [Distilled(kind, x, y, public, range(10)) for kind, (x, y) in zip(KINDS, parts, strict=True)]

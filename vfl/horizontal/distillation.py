@@ -133,8 +133,9 @@ class Distilled:
             x, y, weights = self._taught()
         elif not self.rows:
             raise LocalError("a student without rows needs the others' predictions")
-        alone = len(self._classes) and len(np.unique(y)) < 2  # of one class there is nothing to learn
-        return (DummyClassifier() if alone else clone(self._given)).fit(x, y, **weights)
+        if len(self._classes) and len(np.unique(y)) < 2:  # of one class there is nothing to learn
+            return DummyClassifier().fit(x, y)
+        return clone(self._given).fit(x, y, **weights)
 
     def _taught(self) -> tuple[Matrix, NDArray[Any], dict[str, Vector]]:
         """Our rows, then the public ones with the consensus, and what all weigh where the estimator takes that."""

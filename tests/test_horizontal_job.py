@@ -202,6 +202,7 @@ def test_the_report_tells_how_every_client_fares_before_and_after(finished: Any)
     assert page.count("<svg") == 2 and "<script" not in page and "http://" not in page.replace("http://www.w3.org", "")
     own = summary(folder, "site1")
     assert own["evaluation"].keys() == {"site1"} and own["rows"] == 30
+    assert "30, each with 3 columns" in report.closing_table(own).columns[1].cells
 
 
 @pytest.mark.parametrize(("fraction", "rows"), [(0.0, "all rows"), (0.25, "the rows kept from training")])

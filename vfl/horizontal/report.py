@@ -201,7 +201,7 @@ def closing_table(summary: dict[str, Any]) -> Table:
         title=f"{summary['title']}: {summary['party']} ({summary['role']})", show_header=False, title_justify="left"
     )
     if summary["rows"] is not None:
-        table.add_row("our rows", f"{summary['rows']:,} of {len(summary['columns'])} columns")
+        table.add_row("our rows", f"{summary['rows']:,}, each with {len(summary['columns'])} columns")
     for row in training_rows(summary):
         table.add_row(*row)
     for row in _spent(summary):

@@ -631,6 +631,27 @@ def test_killed_and_restarted_training_ends_where_undisturbed_training_does(name
     assert [one.number for one in again.rounds] == [one.number for one in undisturbed.rounds]
 
 
+@pytest.mark.parametrize("what", ["scaffold", "personal"])
+def test_who_lost_what_it_had_learnt_cannot_go_on(what: str, tmp_path: Path) -> None:
+    """A control variate or a head of its own, which nobody else has."""
+
+    class Headed(Toy):
+        def coordinates(self, prefix: str) -> np.ndarray:
+            return np.array([False, False, True])
+
+    if what == "scaffold":
+        settings, parts = family("scaffold"), lambda: dealt(*cancer())
+    else:
+        settings, parts = own(personal="head."), lambda: {name: Headed() for name in NAMES}
+    stores = stored(tmp_path)
+    Table(settings, parts(), **stores).run()
+    (tmp_path / "c1" / "client.checkpoint").unlink()
+    table = Table(settings, parts(), session=bytes(32), **stores)
+    table.run()
+    assert isinstance(table.outcomes["c1"], LocalError)
+    assert "client.checkpoint is missing, or older than round" in str(table.outcomes["c1"])
+
+
 def test_resuming_a_finished_job_says_that_nothing_was_left_to_do(tmp_path: Path) -> None:
     x, y = cancer()
     settings, parts, stores = family("fedavg", rounds=2), dealt(x, y), stored(tmp_path)

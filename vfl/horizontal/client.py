@@ -327,7 +327,8 @@ class _End:
 
     def _recall(self, found: Checkpoint[Any] | None, admitted: Admitted) -> None:
         if found is None or found.facts.pending < admitted.counted:
-            if self.trainer.job.settings.strategy in ("feddyn", "scaffold"):
+            settings = self.trainer.job.settings
+            if settings.strategy in ("feddyn", "scaffold") or settings.personal:
                 raise LocalError(
                     f"training goes on from round {admitted.round} and {self.path} is missing, or older than round "
                     f"{admitted.counted}; restore it, or all begin anew"

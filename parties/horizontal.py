@@ -27,8 +27,9 @@ class Clients(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     fraction, minimum: of the clients asked each round, chosen at random, by their rows or by their speed; or each drawn
     by itself with chance `fraction`, in secret ("poisson"), which makes privacy cheaper. quorum: the least number in a
-    sum (0: a majority of those asked; of those drawn one is enough). deadline: seconds for training, then for each step
-    of the sum; attempts: how often a sum is tried. minimum_rows, minimum_classes: a client with fewer is refused.
+    sum (0: a majority of those asked; of those drawn by chance nobody need come). deadline: seconds for training, then
+    for each step of the sum; attempts: how often a sum is tried. minimum_rows, minimum_classes: a client with fewer is
+    refused.
     """
 
     fraction: Fraction = 1.0

@@ -1164,6 +1164,19 @@ def test_a_round_for_which_nobody_is_drawn_has_noise_alone(monkeypatch: pytest.M
         assert 0 < np.abs(outcome.weights).max() < np.inf
 
 
+def test_one_drawn_client_that_is_gone_does_not_end_the_job_and_all_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epsilon of all rounds is spent by then, and nothing is resumed."""
+    asked = [0]
+    monkeypatch.setattr(Job, "choose", lambda job, number, *given: asked)
+    settings = msgspec.structs.replace(drawn(), clients=msgspec.structs.replace(drawn().clients, deadline=1.0))
+    dies = 3  # the number of a client's Ready in round 1: after its table, a Ready and an Update
+    outcome = Table(settings, dealt(*cancer()), dies={"c0": dies}).run()
+    assert [one.clients for one in outcome.rounds] == [("c0",), *[()] * 7]
+    assert "c0" in outcome.rounds[-1].missing and np.isfinite(outcome.weights).all()
+    asked = [0, 1, 2, 3]
+    assert isinstance(Table(settings, dealt(*cancer()), dies=dict.fromkeys(NAMES, dies)).run(), PeerLost)
+
+
 def test_the_budget_is_charged_before_every_release_and_stops_the_run(tmp_path: Path) -> None:
     x, y = cancer()
     settings = private(noise="local")

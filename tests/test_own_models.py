@@ -23,7 +23,7 @@ from tests.world import colonnade, together
 from vfl.horizontal import job
 from vfl.horizontal.distillation import PublicTable
 from vfl.horizontal.layout import as_toml, frozen, layout, require_agreed
-from vfl.horizontal.models import Estimator
+from vfl.horizontal.models import Estimator, TorchModel
 from vfl.horizontal.own import adapt, own_model, save
 from vfl.horizontal.trainer import Data, describe
 from vfl.own_code import load
@@ -335,3 +335,25 @@ def test_own_models_and_distillation_are_simulated_from_the_command_line(tmp_pat
     assert found["strategy"] == "distillation" and found["progress"][-1]["accuracy"] > 0.6
     for options, reason in ((mine, "a distillation --public too"), ((), "own models need --model")):
         assert reason in said(2, "simulate", tmp_path / "job.toml", "--out", tmp_path, *options)
+
+
+def test_weights_are_written_under_any_name_and_never_pickled(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.file = torch.nn.Parameter(torch.arange(3.0))
+            self.register_buffer("seen", torch.tensor(7))
+
+    assert save(TorchModel(Scaled(), None, np.empty((0, 3)), np.empty(0)), tmp_path) == "weights.npz"
+    with np.load(tmp_path / "weights.npz", allow_pickle=False) as kept:
+        assert sorted(kept) == ["file", "seen"] and kept["seen"] == 7
+        np.testing.assert_array_equal(kept["file"], np.arange(3, dtype=np.float32))
+
+
+def test_a_module_whose_numbers_numpy_lacks_is_our_own_error() -> None:
+    torch = pytest.importorskip("torch")
+    rows = Data(np.ones((4, 2)), np.arange(4.0), ("a", "b"))
+    with pytest.raises(LocalError, match="our own model raised TypeError"):
+        adapt(lambda x, y: torch.nn.Linear(2, 1).to(torch.bfloat16), Horizontal(model="own", strategy="fedavg"), rows)

@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -42,10 +43,10 @@ def adapt(build: Build, plan: Horizontal, rows: Data, public: PublicTable | None
         return _distilled(build, plan, rows, public, plan.public)
     with blamed_on("our own model"):
         model = _model(build(rows.x, rows.y), plan, rows)
-    if not plan.arrays:
-        ours = as_toml(layout(plan, model), frozen(plan, model))
-        raise LocalError(f"[horizontal] must list what travels; our model has {ours}")
-    require_agreed(plan, model)
+        if not plan.arrays:
+            ours = as_toml(layout(plan, model), frozen(plan, model))
+            raise LocalError(f"[horizontal] must list what travels; our model has {ours}")
+        require_agreed(plan, model)
     return model
 
 
@@ -130,7 +131,10 @@ def save(model: Model, folder: Path) -> str:
         if isinstance(model, TorchModel):
             arrays = {key: value.cpu().numpy() for key, value in model.module.state_dict().items()}
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        with ZipFile(buffer, "w") as archive:  # as np.savez, which pickles what is no array of numbers
+            for key, value in arrays.items():
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, value, allow_pickle=False)
         name, data = "weights.npz", buffer.getvalue()
     write_whole(folder / name, data, mode=0o600)
     return name

@@ -168,6 +168,13 @@ class Horizontal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return self.privacy.level != "none"
 
     @property
+    def listed(self) -> int:
+        """Numbers of an own model that travel, as the agreement lists them: weights, or predictions."""
+        if self.public is not None:
+            return self.public.rows * max(len(self.classes), 1)
+        return sum(math.prod(one.shape) for one in self.arrays)
+
+    @property
     def releases(self) -> int:
         """That the agreed epsilon pays for."""
         return self.rounds + self.privacy.repeats

@@ -21,11 +21,11 @@ from sklearn.preprocessing import StandardScaler
 
 from parties.channel import Channel
 from parties.errors import ColonnadeError, LocalError, PeerAborted, PeerLost, ProtocolViolation, Refused
-from parties.horizontal import Clients, Horizontal, Privacy
+from parties.horizontal import Array, Clients, Horizontal, Privacy, Public
 from parties.identity import Identity
 from parties.ledger import Ledger
 from parties.memory import links
-from parties.message import CLASSES, decode, name_of, parse_header
+from parties.message import CLASSES, PAYLOAD_LIMIT, decode, encode, name_of, parse_header
 from vfl.checkpoint import Bound
 from vfl.horizontal import secure_aggregation
 from vfl.horizontal.client import Admitted, _End, former_session, take_part
@@ -43,7 +43,7 @@ from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.report import protection, training, training_rows
 from vfl.horizontal.round_messages import OVER_BUDGET, SIGNED, Admission, Ready, Scores, Task, Turn, Update
 from vfl.horizontal.round_messages import Table as TableMessage
-from vfl.horizontal.rounds import Collected, combine
+from vfl.horizontal.rounds import Collected, checked, combine
 from vfl.horizontal.settings import TAIL, Job, Schema
 from vfl.horizontal.simulate import simulate
 from vfl.horizontal.star import Star
@@ -591,6 +591,22 @@ def test_too_few_clients_for_what_was_agreed(clients: int, settings: Horizontal,
     x, y = cancer()
     with pytest.raises(Refused, match=reason):
         train(dealt(x, y, clients), settings)
+
+
+def test_a_model_that_no_message_can_carry_is_refused_before_any_is_sent() -> None:
+    most = PAYLOAD_LIMIT // 8 - TAIL - 1
+
+    def agreed(name: Any, size: int) -> None:
+        checked(Horizontal(model="own", strategy=name, arrays=(Array(name="w", shape=(size, 1)),)), 4)
+
+    agreed("fedavg", most)
+    encode(Update(0, 0, np.zeros(most + TAIL + 1)), bytes(32), bytes(32), bytes(32), 0)
+    for name, size in (("fedavg", most + 1), ("scaffold", most // 2 + 1)):
+        with pytest.raises(LocalError, match="numbers a message are agreed"):
+            agreed(name, size)
+    public = Public(rows=most, digest="0" * 64)
+    with pytest.raises(LocalError, match="take fewer public rows"):
+        checked(Horizontal(model="own", strategy="distillation", classes=(0, 1), public=public), 4)
 
 
 def test_two_clients_train_without_secure_aggregation() -> None:

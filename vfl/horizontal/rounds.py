@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from parties.errors import LocalError, Refused
 from parties.horizontal import Horizontal
+from parties.message import PAYLOAD_LIMIT
 from vfl.checkpoint import Bound, read_checkpoint, write_checkpoint
 from vfl.horizontal.accounting import noise_multiplier
 from vfl.horizontal.compression import compressor
@@ -30,6 +31,7 @@ from vfl.horizontal.strategies import Population, State, broadcast, server_round
 
 Vector = NDArray[np.float64]
 NAME = "coordinator.checkpoint"
+MOST = PAYLOAD_LIMIT // 8 - TAIL - 1  # numbers of a message, besides weight and score
 Progress = Callable[[str, int, int], None]
 
 
@@ -65,14 +67,20 @@ class Crowd(Protocol):
 def checked(settings: Horizontal, clients: int, own: bool = False) -> None:
     """What the settings alone decide, before any data is read. own: the coordinator is one of the clients.
 
-    Raises Refused when so many clients cannot do it, LocalError for a strategy, compression or rule that cannot be.
+    Raises Refused when so many clients cannot do it, LocalError for a strategy, compression or rule that cannot be, or
+    a model that no message can carry.
     """
     try:
         settings.check(clients, own)
     except ValueError as error:
         raise Refused(str(error)) from None
     if settings.strategy != "exact":
-        strategy(settings.strategy, settings.parameters)
+        numbers = settings.listed * strategy(settings.strategy, settings.parameters).vectors
+        if numbers > MOST:
+            raise LocalError(
+                f"{numbers:,} numbers a message are agreed, and it carries at most {MOST:,}; freeze a part of the "
+                "model, or take fewer public rows"
+            )
     elif settings.parameters:
         raise LocalError('strategy "exact" has no parameters; take them out')
     if settings.compression:

@@ -82,8 +82,8 @@ def test_it_stops_where_a_plain_loop_does_with_the_weights_of_the_best_epoch(sec
 
 
 def test_rows_that_are_held_out_count_against_the_limit(secret):
-    """Five independent columns: four epochs, in each of which every row is embedded once."""
-    parts, y = table(2, ROWS, widths=(2, 5))
+    """Six independent columns: four epochs and the scoring after them, in each of which every row is embedded once."""
+    parts, y = table(2, ROWS, widths=(2, 6))
     slow = PARAMS | {"learning_rate": 0.01, "tol": 1e-9}
     ended = fit(parts, y, secret, params=slow, policy={"max_exchanges": 200})
     assert {len(ended["bank"].validation_losses_), ended["grocer"].n_iter_ // 2} == {4}

@@ -377,12 +377,12 @@ def test_an_agreement_without_these_consents_is_refused_when_it_is_read(network)
 
 
 def test_without_consent_training_ends_before_the_embeddings_span_the_columns():
-    """Three columns at each of two: five independent directions less than six embeddings a row."""
-    parts, y = table(3, widths=(2, 3, 3))
+    """Four columns at each of two: two epochs and the scoring make six embeddings a row, of eight directions."""
+    parts, y = table(3, widths=(2, 4, 4))
     params = {"hidden_layer_sizes": (2,), "batch_size": 60, "epochs": 5}
     ended = train(parts, y, params, agreed=agreement(3, {"allow_reconstruction": False}))
     assert [model.epochs_ for model in ended.values()] == [2, 2, 2]
-    ended = train(parts, y, params | {"hidden_layer_sizes": (6,)}, agreed=agreement(3, {"allow_reconstruction": False}))
+    ended = train(parts, y, params | {"hidden_layer_sizes": (4,)}, agreed=agreement(3, {"allow_reconstruction": False}))
     assert isinstance(ended["bank"], Refused)
     assert "allow_reconstruction" in str(ended["bank"])
 

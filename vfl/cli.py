@@ -235,13 +235,13 @@ def run(
     events: Events = False,
 ) -> None:
     """Wait for the others (with a deadline), then align, train, score and report."""
-    from vfl import job as model_job
-    from vfl import report
-
     party = Party(path)
     if party.agreement.is_horizontal:
         horizontal.run(party, events=events, resume=resume)
         return
+    from vfl import job as model_job
+    from vfl import report
+
     with (
         occupied(party.output),
         logging_to(party.output / "log.txt") as (log, warnings),

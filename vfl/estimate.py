@@ -76,6 +76,9 @@ def estimate(agreement: Agreement, name: str, rows: int, columns: int) -> Estima
 
 def _harmless(agreement: Agreement, columns: int, batched: bool) -> int:
     """As many exchanges, or epochs of batches, as the label holder may have without consent to reconstruction, where so
-    many of the feature holders' columns are independent. The last exchange over all rows embeds nothing."""
+    many of the feature holders' columns are independent. The last exchange over all rows embeds nothing; batches leave
+    room for a scoring of their rows."""
     most = agreement.leakage.most_embeddings(columns)
-    return most // (agreement.network.hidden[0] if agreement.is_network else 1) if batched else most + 1
+    if not batched:
+        return most + 1
+    return max(most // (agreement.network.hidden[0] if agreement.is_network else 1) - 1, 0)

@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parties.agreement import Agreement
 from parties.errors import ColonnadeError, LocalError
 from parties.files import read_bytes
 from parties.party_file import Party
-from vfl.neural_share import NetworkShare
+
+if TYPE_CHECKING:  # it brings scikit-learn, which a horizontal client may not need
+    from vfl.neural_share import NetworkShare
 
 
 @dataclass(frozen=True)

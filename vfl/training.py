@@ -185,7 +185,8 @@ def _limits(
 
     Without consent the label holder gets fewer embeddings than the feature holders' columns have independent directions
     together: so many, or sums of them, let it rebuild these columns up to a linear map. [leakage] may say less. With
-    batches every row is embedded `outputs` times an epoch, one that is held out too.
+    batches every row is embedded `outputs` times an epoch, one that is held out too, and as often again when the
+    finished model scores it.
     """
     agreed = session.agreement.model
     wanted = epochs * batches or min(exchanges, agreed.max_exchanges)
@@ -195,11 +196,12 @@ def _limits(
     most = session.agreement.leakage.most_embeddings(together)
     if not batches:
         return Limits(tolerance, min(wanted, most + 1), most)
-    allowed = most // outputs
-    if not allowed:
+    allowed = most // outputs - 1
+    if allowed < 1:
         raise Refused(
-            f"an epoch embeds every row {outputs} times, and the feature holders' columns have {together} independent "
-            "directions: the label holder could rebuild them; agree on allow_reconstruction, or on fewer outputs"
+            f"an epoch and the scoring after it each embed every row {outputs} times, and the feature holders' columns "
+            f"have {together} independent directions: the label holder could rebuild them; agree on "
+            "allow_reconstruction, or on fewer outputs"
         )
     return Limits(tolerance, min(epochs, allowed) * batches, most)
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parties.agreement import Agreement
 from parties.errors import ColonnadeError, LocalError
 from parties.files import read_bytes
-from parties.party_file import Party
 
-if TYPE_CHECKING:  # it brings scikit-learn, which a horizontal client may not need
+if TYPE_CHECKING:  # they bring pyarrow and scikit-learn, and a simulation needs little of either
+    from parties.agreement import Agreement
+    from parties.party_file import Party
     from vfl.neural_share import NetworkShare
 
 

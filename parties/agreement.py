@@ -217,7 +217,7 @@ class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         if self.model.early_stopping and (self.is_network or self.model.solver != "sgd"):
             raise ValueError('early_stopping of [model] needs solver = "sgd"; a network has its own in [network]')
         if self.search is not None:
-            self.search.check(self.model.kind, self.model.solver)
+            self.search.check(self.model.kind, self.model.solver, self.network.mode, self.model.allow_reconstruction)
         if self.information is not None:
             self.information.check(self.model.kind)
         self.network.check(self.model.allow_reconstruction, self.feature_holders)

@@ -17,6 +17,8 @@ METRICS = {
     "logistic regression": ("auc", "log_loss", "brier", "accuracy"),
     "linear regression": ("r2", "rmse", "mae"),
     "poisson regression": ("d2", "deviance"),
+    "network classifier": ("auc", "log_loss", "brier", "accuracy"),
+    "network regressor": ("r2", "rmse", "mae"),
 }
 SOLVERS = {"l1_ratio": "proximal", "learning_rate": "sgd", "batch_size": "sgd", "epochs": "sgd"}  # that use them
 WHOLE = ("batch_size", "epochs")
@@ -41,8 +43,14 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if math.prod(map(len, self.grid.values())) > MOST_CANDIDATES:
             raise ValueError(f"grid: more than {MOST_CANDIDATES} combinations")
 
-    def check(self, model: str, solver: str) -> None:
-        """Raises ValueError when this kind of model, as [model] calls it, has no such figure or parameter."""
+    def check(self, model: str, solver: str, mode: str, consent: bool) -> None:
+        """Raises ValueError when this kind of model, as [model] calls it, has no such figure or parameter, or when it
+        is a network that discloses more by many fits: in this `mode`, without `consent` to reconstruction."""
+        network = model.startswith("network")
+        if network and mode == "open":
+            raise ValueError("every fit would send the same rows' gradients under noise of its own; search encrypted")
+        if network and not consent:
+            raise ValueError("every fit of a network embeds the same rows; agree on allow_reconstruction in [model]")
         known = METRICS.get(model, ())
         if self.metric not in known:
             raise ValueError(f"metric {self.metric!r} is none of a {model}; choose among {', '.join(known) or 'none'}")
@@ -50,7 +58,9 @@ class Search(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         if other in self.grid:
             raise ValueError(f"grid: a {model} has no {other}; it has {strength}")
         for name in sorted(self.grid.keys() & SOLVERS):
-            if SOLVERS[name] != solver:
+            if network and SOLVERS[name] != "sgd":
+                raise ValueError(f"grid: a network has no {name}")
+            if not network and SOLVERS[name] != solver:
                 raise ValueError(f"grid: {name} is of solver = {SOLVERS[name]!r}, not of {solver!r}")
 
     @property

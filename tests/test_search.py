@@ -31,6 +31,7 @@ from vfl.linear import (
     VerticalRidge,
 )
 from vfl.messages import PartialEmbedding, Plan
+from vfl.neural import VerticalMLPClassifier, VerticalMLPRegressor
 from vfl.search import Allowance, Outcome, search, split
 from vfl.search_messages import Choice
 from vfl.solver import Patience
@@ -121,6 +122,45 @@ def test_the_choice_is_that_of_a_grid_search_on_the_joined_table(data, widths, f
     assert {outcome.parameters[name] for outcome in ended.values()} == set(grid.best_params_.values())
     coef = np.hstack([outcome.model.coef_ for outcome in ended.values()])
     np.testing.assert_allclose(coef, np.atleast_2d(grid.best_estimator_.coef_), atol=1e-3)
+
+
+NETWORK = {"hidden_layer_sizes": (3,), "batch_size": 45, "epochs": 4}
+
+
+def test_a_network_that_cannot_learn_at_its_rate_loses():
+    pytest.importorskip("torch", reason="needs colonnade[torch]")
+    x, y = wine()
+    parts = cut((x - x.mean(axis=0)) / x.std(axis=0), 4, 5)
+    wanted = Search(folds=2, grid={"learning_rate": (1e-9, 0.1), "alpha": (0.0,)}, metric="log_loss")
+    make = lambda: VerticalMLPClassifier(**NETWORK)
+    ended = run(parts, (y > 0).astype(int), make, wanted, model={"residual_range": 16})
+    idle, learning = ended["bank"].figures.mean(axis=1)
+    assert learning < 0.7 * idle
+    assert {outcome.index for outcome in ended.values()} == {1}
+    assert {outcome.model.learning_rate for outcome in ended.values()} == {0.1}
+    assert {outcome.model.epochs_ for outcome in ended.values()} == {NETWORK["epochs"]}
+    assert ended["grocer"].figures is None
+
+
+@pytest.mark.parametrize(
+    ("params", "grid", "consent", "why"),
+    [
+        ({}, "learning_rate", False, "agree on allow_reconstruction"),
+        ({"mode": "open"}, "learning_rate", True, "under noise of its own"),
+        ({}, "C", True, "has no C; it has alpha"),
+        ({}, "l1_ratio", True, "a network has no l1_ratio"),
+    ],
+)
+def test_a_search_of_networks_is_refused_where_it_would_disclose_more_or_has_no_such_parameter(
+    params, grid, consent, why
+):
+    x, y = diabetes()
+    wanted = Search(folds=2, grid={grid: (0.5,)}, metric="r2")
+    recorded: Any = {}
+    make = lambda: VerticalMLPRegressor(**NETWORK | params)
+    ended = run(cut(x, 4), y, make, wanted, model={"allow_reconstruction": consent}, recorded=recorded)
+    assert why in refused(ended, "bank", LocalError)
+    assert set(kinds(recorded, "bank", "grocer")) <= {"Hello", "Abort"}
 
 
 def test_rows_are_held_out_once_in_folds_of_equal_size_the_same_for_all():

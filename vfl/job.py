@@ -33,7 +33,7 @@ from vfl.preparation import FittedColumns, FittedNumber
 from vfl.resume import EVERY, OPEN_EVERY, Checkpoints
 from vfl.search import Outcome as Searched
 from vfl.search import search
-from vfl.task import estimator, evaluate, linear, load_share, outputs_for, scores
+from vfl.task import estimator, evaluate, load_share, outputs_for, scores
 
 WRITTEN = ("model.json", "information.json", "report.html")
 TRAINED = (*psi_job.ALIGNED, *WRITTEN)
@@ -138,15 +138,18 @@ def _train_on(
         columns = fitted.transform(features)
         mine, target = columns[~test], None if label is None else label[~test]
         searched: Searched | None = None
-        model: VerticalLinearModel | VerticalMLP
-        if session.agreement.search is not None:
-            grid = session.agreement.search
-            searched = search(session, lambda: linear(settings), mine, target, grid, settings.seed)
+
+        def made() -> VerticalLinearModel | VerticalMLP:
+            new = estimator(session.agreement)
+            if (own := prepared.own) is not None:
+                new.set_params(**own.modules(session.agreement, mine.shape[1], outputs_for(settings, target)))
+            return new
+
+        if (grid := session.agreement.search) is not None:
+            searched = search(session, made, mine, target, grid, settings.seed)
             model = searched.model
         else:
-            model = estimator(session.agreement)
-            if (own := prepared.own) is not None:
-                model.set_params(**own.modules(session.agreement, mine.shape[1], outputs_for(settings, target)))
+            model = made()
             weights = None if prepared.weights is None else prepared.weights[common][~test]
             model.fit(mine, target, session=session, sample_weight=weights, checkpoints=checkpoints, resume=resume)
     found, evaluation = None, None

@@ -29,11 +29,13 @@ from vfl.linear import VerticalPoissonRegressor
 from vfl.losses import Matrix
 from vfl.messages import Plan
 from vfl.metrics import FEWEST, FIGURES, Array, Figure, Kind
+from vfl.neural_estimator import VerticalMLP
 from vfl.search_messages import Choice
 from vfl.training import NO_LIMIT, agree
 
 log = logging.getLogger("colonnade")
 Folds = NDArray[np.int64]
+Estimator = VerticalLinearModel | VerticalMLP
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Outcome:
     """What a search left at a party: the winner, trained on all rows, its number among `Search.candidates`; which fold
     each row was held out in; and at the label holder the figures, (candidates, folds)."""
 
-    model: VerticalLinearModel
+    model: Estimator
     index: int
     parameters: dict[str, float]
     folds: Folds = field(repr=False)
@@ -83,7 +85,7 @@ class _Judge:
     outputs: int
 
     @classmethod
-    def of(cls, model: VerticalLinearModel, y: Any, folds: Folds, metric: str) -> _Judge:
+    def of(cls, model: Estimator, y: Any, folds: Folds, metric: str) -> _Judge:
         """Raises LocalError where a fold would have no figure, or rows to train on would lack a class."""
         kind: Kind = "poisson" if isinstance(model, VerticalPoissonRegressor) else "regression"
         outputs = 1
@@ -103,7 +105,7 @@ class _Judge:
             judge._check(rows, np.ones((rows.sum(), outputs))[:, 0 if outputs == 1 else slice(None)])
         return judge
 
-    def measure(self, model: VerticalLinearModel, scores: Any, rows: NDArray[np.bool_]) -> float:
+    def measure(self, model: Estimator, scores: Any, rows: NDArray[np.bool_]) -> float:
         """Our figure on rows that were held out, from what the model predicts of them."""
         scores = scores[:, 1] if is_classifier(model) and self.outputs == 1 else scores
         self._check(rows, scores)
@@ -122,7 +124,7 @@ def split(rows: int, folds: int, seed: int) -> Folds:
 
 def search(
     session: Session,
-    make: Callable[[], VerticalLinearModel],
+    make: Callable[[], Estimator],
     X: pd.DataFrame | Matrix,
     y: Any,
     agreed: Search,
@@ -135,7 +137,7 @@ def search(
 
     Without `allow_reconstruction` in the agreement the fits share, for every row, one embedding fewer than the feature
     holders' columns have independent directions; they then stop earlier. A grid too large for even one exchange a fit
-    is refused.
+    is refused, and so are networks, which need that consent, and the encrypted mode.
 
     Reveals:
         To all: what `agree` reveals, and which candidate won: a few bits about the labels of all rows. No figure.
@@ -152,19 +154,19 @@ def search(
     if session.is_label_holder != (y is not None):
         raise LocalError("the label holder gives y, feature holders give None")
     folds, candidates, template = split(len(x), agreed.folds, seed), agreed.candidates, make()
-    _check_grid(agreed, template, len(x))
+    _check_grid(agreed, template, len(x), session.agreement.model.allow_reconstruction)
     judge, ours = None, dict[str, int]()
     if y is None:
         ours["rank"] = _check_folds(session, x, names, folds)
     else:
         judge = _Judge.of(template, y, folds, agreed.metric)
-        ours["outputs"] = judge.outputs
+        ours["outputs"] = template.hidden_layer_sizes[0] if isinstance(template, VerticalMLP) else judge.outputs
     params = {"search": msgspec.to_builtins(agreed), "seed": seed}
     plans = agree(session, f"search {type(template).__name__}", params, x, **ours)
     allowance = _allow(session, plans, template, len(candidates) * agreed.folds + 1, len(x) // agreed.folds)
     table, labels = pd.DataFrame(x, columns=names), None if y is None else np.asarray(y)
 
-    def fit(candidate: int, rows: NDArray[np.bool_]) -> VerticalLinearModel:
+    def fit(candidate: int, rows: NDArray[np.bool_]) -> Estimator:
         model = make().set_params(**candidates[candidate])
         return _fit(session, model, table[rows], None if labels is None else labels[rows], allowance)
 
@@ -196,28 +198,32 @@ def _choose(session: Session, judge: _Judge | None, figures: Array) -> int:
     return chosen.index
 
 
-def _fit(
-    session: Session, model: VerticalLinearModel, X: pd.DataFrame, y: Any, allowance: Allowance
-) -> VerticalLinearModel:
-    """One fit, which the allowance bounds and pays. Subspace: the last exchange embeds nothing. Sgd: once an epoch."""
-    by_epochs, times = model.solver == "sgd", allowance.times
+def _fit(session: Session, model: Estimator, X: pd.DataFrame, y: Any, allowance: Allowance) -> Estimator:
+    """One fit, which the allowance bounds and pays: sgd and networks embed a row once an epoch; of the exchanges of the
+    others the last embeds nothing."""
+    by_epochs, times = isinstance(model, VerticalMLP) or model.solver == "sgd", allowance.times
     if by_epochs:
         model.set_params(epochs=min(model.epochs, times))
     else:
         model.set_params(max_iter=min(model.max_iter, times + 1))
     model.fit(X, y, session=session)
-    if model.terms_.width != allowance.outputs:
+    width = model.terms_.width if model.terms_ else 0
+    if width != allowance.outputs:
         peer = session.label_holder
-        raise ProtocolViolation(f"{peer} trains {model.terms_.width} outputs, not as many as it planned", peer=peer)
+        raise ProtocolViolation(f"{peer} trains {width} outputs, not as many as it planned", peer=peer)
     allowance.spend(model.epochs if by_epochs else model.n_iter_ - 1)
     return model
 
 
-def _check_grid(agreed: Search, model: VerticalLinearModel, rows: int) -> None:
+def _check_grid(agreed: Search, model: Estimator, rows: int, consent: bool) -> None:
     """Raises LocalError when the estimator has no such parameter, or rows are too few to be split so often."""
-    kind = "poisson" if isinstance(model, VerticalPoissonRegressor) else "linear"
     try:
-        agreed.check(f"{'logistic' if is_classifier(model) else kind} regression", model.solver)
+        if isinstance(model, VerticalMLP):
+            kind = "network classifier" if is_classifier(model) else "network regressor"
+            agreed.check(kind, "sgd", model.mode, consent)
+        else:
+            kind = "poisson" if isinstance(model, VerticalPoissonRegressor) else "linear"
+            agreed.check(f"{'logistic' if is_classifier(model) else kind} regression", model.solver, "", consent)
     except ValueError as error:
         raise LocalError(f"[search]: {error}") from None
     if unknown := sorted(agreed.grid.keys() - model.get_params().keys()):
@@ -236,9 +242,7 @@ def _check_folds(session: Session, x: Matrix, names: list[str], folds: Folds) ->
     return min(map(rank, parts))
 
 
-def _allow(
-    session: Session, plans: Mapping[str, Plan], model: VerticalLinearModel, fits: int, smallest: int
-) -> Allowance:
+def _allow(session: Session, plans: Mapping[str, Plan], model: Estimator, fits: int, smallest: int) -> Allowance:
     """What all fits may use together; every party computes it, so that none can be led beyond it. Raises Refused."""
     consent, peer = session.agreement.model.allow_reconstruction, session.label_holder
     holders = {name: plan for name, plan in plans.items() if name != peer}
@@ -255,7 +259,8 @@ def _allow(
     together = sum(plan.rank for plan in holders.values())
     most = session.agreement.leakage.most_embeddings(together)
     allowance = Allowance(NO_LIMIT * fits * outputs if consent else most, fits, outputs)
-    if not consent and model.solver == "proximal":
+    solver = "sgd" if isinstance(model, VerticalMLP) else model.solver
+    if not consent and solver == "proximal":
         raise Refused(
             "a search with solver = 'proximal' embeds rows more often than can be counted beforehand; agree on "
             "allow_reconstruction or on another solver"
@@ -274,8 +279,9 @@ def _allow(
             fits,
             allowance.times,
         )
-    exchanges = fits * min(model.max_iter, session.agreement.model.max_exchanges)
-    if model.solver == "subspace":
+    most = session.agreement.model.max_exchanges
+    exchanges = fits * (most if isinstance(model, VerticalMLP) else min(model.max_iter, most))
+    if solver == "subspace":
         exchanges = min(exchanges, allowance.embeddings // outputs + fits)
     numbers = outputs * max(plan.columns for plan in holders.values())
     if smallest <= session.agreement.encryption.feature_bits * numbers * exchanges:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 DASK = "dask://"
 CONNECT = 20.0  # seconds for a Dask scheduler to answer
+STARTING = threading.Lock()  # joblib replaces workers of other settings: never those that another map just got
 PATIENCE = 600.0  # seconds for a group of items, which takes a few; then the workers are taken to hang
 
 
@@ -65,8 +68,10 @@ class Workers:
 
     def _run(self, work: Callable[[T], R], group: list[T]) -> list[R | Exception]:
         backend = {"backend": "loky"} if self._client is None else {"backend": "dask", "client": self._client}
-        with parallel_config(**backend):
+        with parallel_config(**backend), ExitStack() as open_workers:
             parallel = Parallel(n_jobs=self.count, pre_dispatch="all", batch_size=1, max_nbytes=None)
+            with STARTING:
+                open_workers.enter_context(parallel)
             results: list[R | Exception] = parallel(delayed(_attempt)(work, item) for item in group)
         return results
 

@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+from joblib._parallel_backends import LokyBackend
 
 from parties.errors import LocalError
 from parties.memory import play
@@ -53,6 +55,24 @@ def test_results_come_in_order_and_two_maps_may_run_at_once(workers: Workers) ->
     results = [next(first), next(first), *second, *first]
     assert [value for value, _ in results] == [0, 1, *(n * n for n in range(100, 104)), *(n * n for n in range(2, 12))]
     assert (os.getpid() in {process for _, process in results}) == (workers.count == 1)
+
+
+def test_two_maps_never_start_workers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """joblib, asked for other workers than it has, ends those: a map that got them a moment before would hang."""
+    configure, inside, most = LokyBackend.configure, [0], [0]
+
+    def slow(self: LokyBackend, *given: Any, **named: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.1)
+        inside[0] -= 1
+        return configure(self, *given, **named)
+
+    monkeypatch.setattr(LokyBackend, "configure", slow)
+    workers = Workers(2)
+    assert [value for value, _ in workers.map(square, range(12))] == [n * n for n in range(12)]
+    assert most == [1]
+    workers.close()
 
 
 def test_an_error_is_the_callers(workers: Workers) -> None:

@@ -256,10 +256,11 @@ def _allow(session: Session, plans: Mapping[str, Plan], model: Estimator, fits: 
                 "use fewer folds",
                 peer=name,
             )
-    together = sum(plan.rank for plan in holders.values())
-    most = session.agreement.leakage.most_embeddings(together)
-    allowance = Allowance(NO_LIMIT * fits * outputs if consent else most, fits, outputs)
     solver = "sgd" if isinstance(model, VerticalMLP) else model.solver
+    together = sum(plan.rank for plan in holders.values())
+    scoring = outputs if solver == "sgd" else 0  # of the same rows by the winner, as `training` leaves room for it
+    most = max(session.agreement.leakage.most_embeddings(together) - scoring, 0)
+    allowance = Allowance(NO_LIMIT * fits * outputs if consent else most, fits, outputs)
     if not consent and solver == "proximal":
         raise Refused(
             "a search with solver = 'proximal' embeds rows more often than can be counted beforehand; agree on "

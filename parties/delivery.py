@@ -1,15 +1,16 @@
 """Messages in order, once, over connections that break: what is sent, acknowledged, received and consumed.
 
-Pure bookkeeping for one peer, without sockets, clocks or threads. Every frame begins with the same fixed part
+Pure bookkeeping for one peer, without sockets, clocks or threads. A frame is one string of bytes; it begins with the
+same fixed part
 
-    version, kind, source, target, number, received, consumed, progress, length
+    version, kind, size of the header, source, target, number, received, consumed, progress, length
 
 so that every frame acknowledges (`received` frames in order, `consumed` messages) and shows the progress of the
 sender's working loop. `source` and `target` are random numbers of the two running processes: a frame meant for an
 earlier run of ours is ignored, and a peer that starts again is noticed.
 
     BEAT  nothing else
-    OPEN  a message's header and the first piece of its payload, which is `length` bytes long
+    OPEN  a message's header, then the first piece of its payload, which is `length` bytes long
     MORE  its next piece
     BYE   nothing follows
 
@@ -23,25 +24,24 @@ from __future__ import annotations
 import secrets
 import struct
 from collections import deque
-from collections.abc import Sequence
 
 from parties.errors import LocalError, PeerLost, ProtocolViolation
 
 BEAT, OPEN, MORE, BYE = range(4)
 VERSION = 1
-FIXED = struct.Struct("!BB7Q")
+FIXED = struct.Struct("!BBH7Q")
 PIECE = 256 * 1024
-HEADER_LIMIT = 64 * 1024
-FRAME_LIMIT = PIECE + 1024  # on the wire, with what CURVE adds
+HEADER_LIMIT = 4096
+FRAME_LIMIT = PIECE + HEADER_LIMIT + 1024  # on the wire, with the fixed part and what CURVE adds
 WINDOW = 16  # messages that the peer has not consumed; it has room for one more, the last
 FLIGHT = 16  # frames that the peer has not received
-_PARTS = {BEAT: 1, OPEN: 3, MORE: 2, BYE: 1}
-_Queued = tuple[int, int, tuple[bytes | memoryview, ...]]  # kind, length, parts
+_Queued = tuple[int, int, bytes, memoryview]  # kind, length, header, piece
+_NOTHING = memoryview(b"")
 
 
 def no_room(target: int) -> bytes:
     """A goodbye to a process that we never talked to, since another one of the same peer has its place."""
-    return FIXED.pack(VERSION, BYE, secrets.randbits(63) + 1, target, 1, 0, 0, 0, 0)
+    return FIXED.pack(VERSION, BYE, 0, secrets.randbits(63) + 1, target, 1, 0, 0, 0, 0)
 
 
 class Delivery:
@@ -63,7 +63,7 @@ class Delivery:
         self.consumed = 0
         self._opened = 0  # messages begun by the peer
         self._header = b""
-        self._pieces: list[bytes] = []
+        self._pieces: list[memoryview] = []
         self._left = -1  # bytes of the current message yet to come; -1: between two messages
 
     # ---- what we send
@@ -100,44 +100,45 @@ class Delivery:
             raise LocalError(
                 f"a message to {self.peer} has {len(data)} bytes, above the limit of {self.limit}; split it"
             )
-        self._out.append((OPEN, len(data), (header, data[:PIECE])))
-        self._out.extend((MORE, 0, (data[at : at + PIECE],)) for at in range(PIECE, len(data), PIECE))
+        self._out.append((OPEN, len(data), header, data[:PIECE]))
+        self._out.extend((MORE, 0, b"", data[at : at + PIECE]) for at in range(PIECE, len(data), PIECE))
         self._sent += 1
 
     def farewell(self) -> None:
         """Queue the goodbye."""
-        self._out.append((BYE, 0, ()))
+        self._out.append((BYE, 0, b"", _NOTHING))
 
     def rewind(self) -> None:
         """Send again from the first unacknowledged frame."""
         self._flown = 0
 
-    def due(self, progress: int) -> list[bytes | memoryview] | None:
+    def due(self, progress: int) -> bytes | None:
         """The next frame to send, if any may go now; `gone()` confirms that it went."""
         if self.idle:
             return None
-        kind, length, parts = self._out[self._flown]
-        return [self._fixed(kind, self.acked + self._flown + 1, length, progress), *parts]
+        kind, length, header, piece = self._out[self._flown]
+        number = self.acked + self._flown + 1
+        return b"".join((self._fixed(kind, number, length, progress, len(header)), header, piece))
 
     def gone(self) -> None:
         self._flown += 1
         self._highest = max(self._highest, self.acked + self._flown)
 
-    def beat(self, progress: int) -> list[bytes | memoryview]:
-        return [self._fixed(BEAT, 0, 0, progress)]
+    def beat(self, progress: int) -> bytes:
+        return self._fixed(BEAT, 0, 0, progress, 0)
 
-    def _fixed(self, kind: int, number: int, length: int, progress: int) -> bytes:
+    def _fixed(self, kind: int, number: int, length: int, progress: int, header: int) -> bytes:
         return FIXED.pack(
-            VERSION, kind, self.source, self.target, number, self.received, self.consumed, progress, length
+            VERSION, kind, header, self.source, self.target, number, self.received, self.consumed, progress, length
         )
 
     # ---- what we receive
 
-    def strange(self, fixed: bytes) -> tuple[int, int] | None:
+    def strange(self, frame: bytes) -> tuple[int, int] | None:
         """Source and target of a frame that is of another process of this peer than the one we know; else None."""
-        if len(fixed) != FIXED.size or not self.target:
+        if len(frame) < FIXED.size or not self.target:
             return None
-        _, _, source, target, *_ = FIXED.unpack(fixed)
+        _, _, _, source, target, *_ = FIXED.unpack_from(frame)
         return (source, target) if source != self.target else None
 
     def take(self) -> tuple[bytes, bytes]:
@@ -145,14 +146,21 @@ class Delivery:
         self.consumed += 1
         return self.inbox.popleft()
 
-    def accept(self, parts: Sequence[bytes]) -> bool:
+    def accept(self, frame: bytes) -> bool:
         """Book one frame; False when it is meant for an earlier run of ours. Raises ProtocolViolation or PeerLost."""
-        if not parts or len(parts[0]) != FIXED.size:
+        if len(frame) < FIXED.size:
             raise self._violation("a frame of the wrong form")
-        version, kind, source, target, number, received, consumed, progress, length = FIXED.unpack(parts[0])
+        version, kind, header, source, target, number, received, consumed, progress, length = FIXED.unpack_from(frame)
         if version != VERSION:
             raise self._violation(f"version {version} of the transport, ours is {VERSION}")
-        if len(parts) != _PARTS.get(kind) or source == 0:
+        begins = FIXED.size + header  # its piece
+        if (
+            kind not in (BEAT, OPEN, MORE, BYE)
+            or source == 0
+            or len(frame) < begins
+            or (header and kind != OPEN)
+            or (len(frame) > begins and kind in (BEAT, BYE))
+        ):
             raise self._violation("a frame of the wrong form")
         if target not in (0, self.source):
             return False
@@ -173,7 +181,7 @@ class Delivery:
         elif number > self.received + FLIGHT:
             raise self._violation("more than the window allows")
         elif number == self.received + 1:
-            self._book(kind, length, parts)
+            self._book(kind, length, frame[FIXED.size : begins], memoryview(frame)[begins:])
             self.received = number
         return True
 
@@ -187,7 +195,7 @@ class Delivery:
             raise self._violation("a count of messages that it never received")
         self._taken = max(self._taken, consumed)
 
-    def _book(self, kind: int, length: int, parts: Sequence[bytes]) -> None:
+    def _book(self, kind: int, length: int, header: bytes, piece: memoryview) -> None:
         if self.closed or (self._left >= 0) != (kind == MORE):
             raise self._violation("a frame out of place")
         if kind == BYE:
@@ -197,10 +205,9 @@ class Delivery:
             self._opened += 1
             if self._opened - self.consumed > WINDOW + 1:
                 raise self._violation("more than the window allows")
-            if length > self.limit or len(parts[1]) > HEADER_LIMIT:
+            if length > self.limit or len(header) > HEADER_LIMIT:
                 raise self._violation(f"a message above the limit of {self.limit} bytes")
-            self._header, self._left = parts[1], length
-        piece = parts[-1]
+            self._header, self._left = header, length
         if len(piece) != min(PIECE, self._left):
             raise self._violation("a piece of the wrong length")
         self._pieces.append(piece)

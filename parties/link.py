@@ -71,7 +71,8 @@ class Link:
             self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
             self.books.push(header, payload)
             self.touched = True
-        self._post.wake()
+        if self.touched:  # else the post was awake, and has sent it
+            self._post.wake()
 
     def last(self, header: bytes, payload: bytes | memoryview) -> None:
         """Leave the last message, if the peer can still be told; never waits, since the peer has room for it."""
@@ -153,10 +154,10 @@ class Link:
         if self.came is None:
             self.came = self.heard = now
 
-    def accept(self, parts: list[bytes], now: float) -> None:
+    def accept(self, frame: bytes, now: float) -> None:
         """One frame of this peer's."""
         before = self.books.acked, self.books.progress
-        if not self.books.accept(parts):
+        if not self.books.accept(frame):
             if not self.books.target:  # it speaks to an earlier run of ours, learns so from our beat, and may return
                 self.came = None
             return

@@ -227,9 +227,10 @@ class Post:
 
     def _turn(self, ready: Set[object]) -> None:
         """Serve the sockets that have something, then the links that were touched; all links every now and then."""
-        with contextlib.suppress(BlockingIOError):
-            self._hook.recv(4096)
-        self._rung = False  # only then: a ring whose byte we had just read would silence all that follow
+        if self._rung:
+            with contextlib.suppress(BlockingIOError):  # the byte is on its way
+                self._hook.recv(4096)
+                self._rung = False  # only then: a ring whose byte we had just read would silence all that follow
         if self._gate.socket in ready:
             self._admit()
         if self._router_monitor is not None and self._router_monitor in ready:
@@ -294,35 +295,34 @@ class Post:
     def _collect(self, socket: curve.Socket, link: Link | None) -> None:
         """Take the frames that wait, a dealer's for its `link`, the router's for whom their key says."""
         for _ in range(_BURST):
-            try:
-                frames = [socket.recv(zmq.NOBLOCK, copy=False)]
-            except zmq.Again:
+            if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
-            while frames[-1].more:
-                frame = socket.recv(zmq.NOBLOCK, copy=False)
-                frames = [*frames[:4], frame]  # no message of ours has more
-            sender = link or self._sender(frames)
+            route = None if link else socket.recv(zmq.NOBLOCK, copy=False)
+            frame = socket.recv(zmq.NOBLOCK)
+            while socket.getsockopt(zmq.RCVMORE):  # no frame of ours has parts
+                frame = socket.recv(zmq.NOBLOCK)[:0]
+            sender = link if route is None else self._sender(route, frame)
             if sender is not None and sender.failure is None and not sender.books.closed:
-                parts = [frame.bytes for frame in (frames if link else frames[1:])]
                 try:
-                    sender.accept(parts, time.monotonic())
+                    sender.accept(frame, time.monotonic())
                 except ColonnadeError as error:
                     self._fail(sender, error)
                 except Exception as error:
                     text = f"{sender.name} sent a frame that could not be read ({type(error).__name__})"
                     self._fail(sender, ProtocolViolation(text, peer=sender.name))
 
-    def _sender(self, frames: list[zmq.Frame]) -> Link | None:
-        """Whose frames these are, by the key of the connection; its newest connection is the way back."""
-        route = frames[0].bytes
+    def _sender(self, first: zmq.Frame, frame: bytes) -> Link | None:
+        """Whose frame this is, by the key of the connection; its newest connection is the way back. `first` is what the
+        router puts before it."""
+        route = first.bytes
         try:
-            link = self._by_user[str(frames[-1].get("User-Id"))]
+            link = self._by_user[str(first.get("User-Id"))]
         except (KeyError, zmq.ZMQError):
             return None
         if len(route) != 5 or route[0]:  # chosen by the peer: ours come from the router and begin with a zero byte
             self._fail(link, ProtocolViolation(f"{link.name} claims a routing id, which ours never do", peer=link.name))
             return None
-        if self._takes_back and (strange := link.books.strange(frames[1].bytes if len(frames) > 1 else b"")):
+        if self._takes_back and (strange := link.books.strange(frame)):
             return self._knock(link, route, *strange)
         newest = link.route and int.from_bytes(link.route[0][1:])
         if not newest or 0 < (int.from_bytes(route[1:]) - newest) % 2**32 < 2**31:
@@ -372,11 +372,11 @@ class Post:
         if (urgent and link.behind) or now >= link.next_beat:
             self._put(link, books.beat(self._progress), now)
 
-    def _put(self, link: Link, frame: list[bytes | memoryview], now: float) -> bool:
+    def _put(self, link: Link, frame: bytes, now: float) -> bool:
         if link.route is None or link.socket is None or link.mute:
             return False
         try:
-            link.socket.send_multipart([*link.route, *frame], zmq.NOBLOCK)
+            link.socket.send_multipart([*link.route, frame], zmq.NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

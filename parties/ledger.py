@@ -8,17 +8,17 @@ is seen by whoever holds our public key.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from parties.errors import LocalError, Refused
 from parties.files import read_bytes
 from parties.identity import Identity, PublicIdentity
 
-_SPELLING = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _START = hashlib.sha256(b"colonnade/ledger/1").hexdigest()
 
 
@@ -100,14 +100,14 @@ def check_ledger(path: Path, owner: PublicIdentity) -> dict[int, str]:
     *lines, rest = read_bytes(path, "the ledger").split(b"\n")
     for number, line in enumerate(lines):
         try:
-            entry = json.loads(line)
+            entry = msgspec.json.decode(line)
             if sealed or _canonical(entry) != line or entry["entry"] != number or entry["previous"] != head:
                 raise ValueError
             if entry.get("event") == "sealed":
                 sealed = _is_sealed(entry, owner)
                 if not sealed:
                     raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (msgspec.MsgspecError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise LocalError(f"{path}, line {number + 1}: the chain is broken here; the file was changed") from None
         head = hashlib.sha256(line).hexdigest()
         heads[number + 1] = head
@@ -129,5 +129,5 @@ def _is_sealed(entry: dict[str, Any], owner: PublicIdentity) -> bool:
 
 
 def _canonical(entry: dict[str, Any]) -> bytes:
-    """The one spelling of a line. Raises ValueError for a number that JSON does not have."""
-    return _SPELLING.encode(entry).encode()
+    """The one spelling of a line; a number that JSON does not have is null."""
+    return msgspec.json.encode(entry)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -35,8 +36,8 @@ _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))  # any scalar: it is a m
 KEYS, SURVIVORS = "aggregation keys", "aggregation survivors"  # what a client signs
 
 
-def _derive(context: Context, secret: bytes, purpose: str) -> bytes:
-    return HKDF(SHA256(), 32, salt=context.digest, info=f"colonnade/aggregation/{purpose}/1".encode()).derive(secret)
+def _derive(context: Context, secret: bytes, purpose: str, size: int = 32) -> bytes:
+    return HKDF(SHA256(), size, salt=context.digest, info=f"colonnade/aggregation/{purpose}/1".encode()).derive(secret)
 
 
 def _cipher(key: bytes) -> CipherContext:
@@ -60,6 +61,10 @@ class Secrets:
     mask_seed: int = field(repr=False)
     self_seed: int = field(repr=False)
     coefficients: tuple[list[int], list[int]] = field(repr=False)
+
+    @cached_property
+    def mask(self) -> X25519PrivateKey:
+        return mask_key(self.mask_seed)
 
     @classmethod
     def draw(cls, context: Context, seed: bytes | None = None) -> Secrets:
@@ -111,7 +116,7 @@ class Offer:
 
 def make_offer(context: Context, client: int, me: Identity, drawn: Secrets) -> Offer:
     sealing = drawn.sealing.public_key().public_bytes_raw()
-    mask = mask_key(drawn.mask_seed).public_key().public_bytes_raw()
+    mask = drawn.mask.public_key().public_bytes_raw()
     commitment = _commitment(context, client, drawn.self_seed)
     signature = me.sign(KEYS, _statement(context, client, sealing + mask + commitment))
     return Offer(sealing, mask, commitment, signature)
@@ -150,22 +155,26 @@ def make_shares(context: Context, client: int, drawn: Secrets) -> dict[int, byte
     }
 
 
-def agree(drawn: Secrets, offers: Mapping[int, Offer]) -> dict[int, bytes]:
-    """The secret that we share with each neighbour, for sealing. Raises ValueError: a key of small order."""
-    return {
-        other: drawn.sealing.exchange(X25519PublicKey.from_public_bytes(offer.sealing))
-        for other, offer in offers.items()
-    }
+def agree(context: Context, client: int, drawn: Secrets, offers: Mapping[int, Offer]) -> dict[int, tuple[bytes, bytes]]:
+    """Two keys for each neighbour: for what we seal to it, and for what it seals to us.
+
+    Raises ValueError: a key of small order.
+    """
+    keys = {}
+    for other, offer in offers.items():
+        shared = drawn.sealing.exchange(X25519PublicKey.from_public_bytes(offer.sealing))
+        low, high = sorted((client, other))
+        both = _derive(context, shared, f"shares {low} {high}", 64)  # from low to high, from high to low
+        keys[other] = (both[:32], both[32:]) if client == low else (both[32:], both[:32])
+    return keys
 
 
-def seal(context: Context, secret: bytes, sender: int, receiver: int, shares: bytes) -> bytes:
-    key = _derive(context, secret, f"shares {sender} {receiver}")
+def seal(key: bytes, shares: bytes) -> bytes:
     return ChaCha20Poly1305(key).encrypt(bytes(12), shares, None)
 
 
-def unseal(context: Context, secret: bytes, sender: int, receiver: int, sealed: bytes) -> bytes | None:
+def unseal(key: bytes, sealed: bytes) -> bytes | None:
     """The shares, or None when they were sealed to another or changed since."""
-    key = _derive(context, secret, f"shares {sender} {receiver}")
     try:
         return ChaCha20Poly1305(key).decrypt(bytes(12), sealed, None)
     except InvalidTag:

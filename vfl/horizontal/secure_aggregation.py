@@ -39,7 +39,6 @@ from vfl.horizontal.masking import (
     check_survivors,
     make_offer,
     make_shares,
-    mask_key,
     open_sum,
     pairwise_masks,
     read_offer,
@@ -143,8 +142,8 @@ def contribute(
         if len(set(keys)) < len(keys):
             raise ValueError("a key came twice")
 
-        shares, agreed = make_shares(context, us, drawn), agree(drawn, offers)
-        sealed = {j: seal(context, agreed[j], us, j, shares[j]) for j in offers}
+        shares, agreed = make_shares(context, us, drawn), agree(context, us, drawn, offers)
+        sealed = {j: seal(agreed[j][0], shares[j]) for j in offers}
         channel.send(_step(SealedShares, context, table(near, sealed, SealedShares.width)))
         if (data := _answer(channel, ShareList, context, timeout)) is None:
             return Outcome(())
@@ -152,11 +151,11 @@ def contribute(
         if not rows.keys() <= offers.keys():
             raise ValueError("shares of a client without keys")
         dealt = {j: offers[j] for j in rows}
-        held = {j: unseal(context, agreed[j], j, us, raw) for j, raw in rows.items()} | {us: shares[us]}
+        held = {j: unseal(agreed[j][1], raw) for j, raw in rows.items()} | {us: shares[us]}
         _enough(context, held, "shares")
 
         words = words + self_mask(context, us, drawn.self_seed, len(words))
-        words += pairwise_masks(context, us, mask_key(drawn.mask_seed), dealt, len(words))
+        words += pairwise_masks(context, us, drawn.mask, dealt, len(words))
         channel.send(_step(MaskedInput, context, words))
         if (flags := _answer(channel, Survivors, context, timeout)) is None:
             return Outcome(())

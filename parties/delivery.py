@@ -189,8 +189,8 @@ class Delivery:
         for _ in range(received - self.acked):
             kind = self._out.popleft()[0]
             self._flown = max(0, self._flown - 1)
+            self.acked += 1
             self._arrived += kind != BYE and (not self._out or self._out[0][0] != MORE)  # its last piece
-        self.acked = max(self.acked, received)
         if consumed > self._arrived:  # else the window opens while what it bounds piles up here
             raise self._violation("a count of messages that it never received")
         self._taken = max(self._taken, consumed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from parties.identity import PublicIdentity
 if TYPE_CHECKING:
     from parties.zeromq import Post
 
-TURN = 0.2  # seconds between two looks at the clock
+LOOK = 0.05  # seconds between two looks at the clock
 BEHIND = 4  # frames or messages that a peer may not know to have arrived or been consumed until the next look
 RESEND = 30.0  # seconds without acknowledgement; a backstop (new connections send again), doubled up to ten times
 
@@ -42,18 +41,16 @@ class Patience:
 
 
 class Link:
-    """Messages to and from one peer. `send` and `receive` are for one thread, the role's."""
+    """Messages to and from one peer. `send` and `receive` are for one thread, the role's; they serve the sockets."""
 
     def __init__(self, post: Post, peer: Peer, limit: int) -> None:
         now = time.monotonic()
         self.name, self.peer = peer.name, peer
         self._post = post
-        self.changed = threading.Condition(post.lock)
-        self.touched = True  # since the post last served it
+        self.touched = True  # since it was last served
         self.books = Delivery(peer.name, limit)
         self.failure: ColonnadeError | None = None
         self.socket: Socket | None = None  # the post's router, or our own dealer
-        self.monitor: Socket | None = None  # a dealer's
         self.route: list[bytes] | None = None  # what to put before a frame; None while there is no connection
         self.came: float | None = None  # when the peer's key was first accepted, or its server accepted ours
         self.born = self.heard = self.progressed = self.acknowledged = now
@@ -66,30 +63,29 @@ class Link:
         self.told = (0, 0)  # the counts that the peer was last told
 
     def send(self, header: bytes, payload: bytes | memoryview, timeout: float) -> None:
-        """Leave a message with the post; waits while the peer has 16 unconsumed ones."""
+        """Send a message, or queue it; waits while the peer has 16 unconsumed ones."""
         with self._post.lock:
             self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
             self.books.push(header, payload)
             self.touched = True
-        if self.touched:  # else the post was awake, and has sent it
-            self._post.wake()
+            self._post.turn()
 
     def last(self, header: bytes, payload: bytes | memoryview) -> None:
-        """Leave the last message, if the peer can still be told; never waits, since the peer has room for it."""
+        """Send or queue the last message, if the peer can still be told; never waits: the peer has room for it."""
         with self._post.lock:
             if self._post.closing is None and not self.mute and not self.books.closed and self.books.last_room:
                 self.books.push(header, payload)
                 self.touched = True
-        self._post.wake()
+                self._post.turn()
 
     def receive(self, timeout: float) -> tuple[bytes, bytes]:
         """The next header and payload. What a peer sent before it left is still delivered."""
         with self._post.lock:
             self._wait(lambda: bool(self.books.inbox), timeout, "sent nothing")
             message = self.books.take()
-            urgent = self.touched = self.touched or self.behind >= BEHIND
-        if urgent:
-            self._post.wake()
+            if self.behind >= BEHIND:
+                self.touched = True
+                self._post.turn()
         return message
 
     def ready(self, timeout: float) -> None:
@@ -98,7 +94,7 @@ class Link:
             self._wait(lambda: bool(self.books.target), timeout, "did not come")
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
-        """Waiting is progress: whoever waits for another is alive. Short waits, so that Ctrl-C works."""
+        """With the post's lock. Waiting is progress: whoever waits for another is alive."""
         deadline = time.monotonic() + timeout
         self.awaited = time.monotonic()
         try:
@@ -119,7 +115,7 @@ class Link:
                     raise PeerLost(
                         f"{self.name} {what} within {timeout:.0f} s; ask whether it is running", peer=self.name
                     )
-                self.changed.wait(min(TURN, left))
+                self._post.serve(min(LOOK, left))
         finally:
             self.awaited = None
 
@@ -164,7 +160,6 @@ class Link:
         self.greet(now)
         self.heard = now
         self.touched = True
-        self.changed.notify_all()
         if self.books.acked != before[0]:
             self.acknowledged, self.resend = now, RESEND
         if self.books.progress != before[1]:

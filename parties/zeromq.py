@@ -1,9 +1,10 @@
 """The real Link: encrypted, authenticated, alive or in error; never silent.
 
-One background thread, the post, owns every socket (ZeroMQ's are not thread-safe) and judges the peers; the role's
-thread leaves messages with it, takes messages from it, and shows by `tick()` that it is at work. Each pair is one
-DEALER, which connects, and one ROUTER, which listens for all peers that connect. Who a peer is comes from the CURVE key
-of its connection, never from what it says.
+Whoever holds the post's lock serves the sockets and judges the peers (ZeroMQ's sockets are not thread-safe, and may
+pass from thread to thread under a lock): the role's thread while it sends or waits, so that no thread need wake another
+for a message; a background thread, the post, while the role computes and shows by `tick()` that it is at work. Both
+wait on file descriptors, which touches no socket. Each pair is one DEALER, which connects, and one ROUTER, which
+listens for all peers that connect. Who a peer is comes from the CURVE key of its connection, never from what it says.
 
 A role must not hold Python's interpreter lock for longer than `Patience.silence`: the post could not beat.
 """
@@ -13,10 +14,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import socket as sockets
 import threading
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 import zmq
@@ -24,9 +24,10 @@ from zmq.utils import z85
 
 from parties import curve
 from parties.delivery import FRAME_LIMIT, no_room
+from parties.descriptors import Descriptors
 from parties.errors import ColonnadeError, LocalError, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
-from parties.link import BEHIND, RESEND, TURN, Link, Patience, Peer
+from parties.link import BEHIND, LOOK, RESEND, Link, Patience, Peer
 
 __all__ = ["Link", "Patience", "Peer", "Post"]
 
@@ -36,7 +37,7 @@ _LINGER = 200  # milliseconds for the last acknowledgement to leave the machine
 _PAUSE = 0.05  # seconds to read on before that: who leaves with data unread resets the connection, and the last is lost
 _THREADS = 63  # I/O threads that ZMQ_AFFINITY, a signed number here, can tell apart
 _ALIVE = 1.0  # seconds after which a frame of a process was not under way when another one of the same peer knocked
-_BURST = 64  # frames taken from one socket before the others have their turn
+_BURST = 64  # frames taken from one socket before the others have their turn; and turns without a break
 
 
 class Post:
@@ -67,8 +68,11 @@ class Post:
         self._progress = 1
         self.closing: float | None = None
         self._failed_handshakes = 0
-        self._rung = False  # whether the post is called already
-        self._next_look = 0.0
+        self._waiting = 0  # threads of the role that wait for the sockets
+        self._left = 0.0  # when the last of them stopped to
+        self._turned, self._next_look = time.monotonic(), 0.0
+        self._over = False  # the sockets are gone
+        self._data: list[tuple[curve.Socket, Link | None]] = []  # those that carry frames: our router, links' dealers
         self._links = {peer.name: Link(self, peer, frame_limit) for peer in peers}
         coming = [link for link in self._links.values() if link.peer.endpoint is None]
         self._by_user = {curve.user_id(link.peer.public.curve): link for link in coming}
@@ -78,14 +82,11 @@ class Post:
         if coming and listen is None:
             raise LocalError(f"{coming[0].name} connects to us, but we have no endpoint to listen on; set one")
         self._router: curve.Socket | None = None
-        self._router_monitor: curve.Socket | None = None
         dealers = [(link, link.peer.endpoint) for link in self._links.values() if link.peer.endpoint is not None]
         with curve.files():
             threads = min(1 + len(dealers), _THREADS)
             self._context: zmq.Context[curve.Socket] = zmq.Context(threads)  # our own: its one ZAP handler is ours
-            self._bell, self._hook = sockets.socketpair()
-            self._bell.setblocking(False)
-            self._hook.setblocking(False)
+            self._descriptors = Descriptors()
             self._gate = curve.Gate(self._context, (link.peer.public.curve for link in coming), self._say)
             self._thread = threading.Thread(target=self._run, name=f"post of {me.name}", daemon=True)
             try:
@@ -95,6 +96,7 @@ class Post:
                     link.socket = self._router
                 for number, (link, endpoint) in enumerate(dealers):
                     self._connect(link, endpoint, 1 + number % (_THREADS - 1))
+                self._descriptors.add(self._gate.socket, self._admit)
             except BaseException:
                 self._release(0)
                 raise
@@ -102,7 +104,9 @@ class Post:
 
     def _listen(self, endpoint: str) -> None:
         self._router = self._open(zmq.ROUTER, endpoint, 0)
-        self._router_monitor = curve.watch(self._router)
+        self._descriptors.add(monitor := curve.watch(self._router), lambda: self._count_failures(monitor))
+        self._descriptors.add(self._router)
+        self._data.append((self._router, None))
         self.endpoint = curve.bind(self._router, endpoint)
         public, secret = zmq.curve_keypair()
         self._gate.probe = z85.decode(public)
@@ -111,24 +115,17 @@ class Post:
     def _connect(self, link: Link, endpoint: str, thread: int) -> None:
         link.socket = self._open(zmq.DEALER, endpoint, thread)
         link.socket.curve_serverkey = link.peer.public.curve_z85
-        link.monitor = curve.watch(link.socket)
+        self._descriptors.add(monitor := curve.watch(link.socket), lambda: self._observe(link, monitor))
+        self._descriptors.add(link.socket)
+        self._data.append((link.socket, link))
         try:
             link.socket.connect(endpoint)
         except zmq.ZMQError:
             raise LocalError(f"{endpoint} of {link.name} is not an endpoint; write tcp://host:port") from None
 
     def _open(self, kind: int, endpoint: str, thread: int) -> curve.Socket:
-        handshake, silence = self.patience.handshake, self.patience.silence
-        return curve.open_socket(
-            self._context,
-            kind,
-            self.me,
-            endpoint,
-            thread=thread,
-            frame=FRAME_LIMIT,
-            handshake=handshake,
-            silence=silence,
-        )
+        waits = {"handshake": self.patience.handshake, "silence": self.patience.silence}
+        return curve.open_socket(self._context, kind, self.me, endpoint, thread=thread, frame=FRAME_LIMIT, **waits)
 
     def _admit(self) -> None:
         for user in self._gate.answer():
@@ -150,12 +147,17 @@ class Post:
         """The working loop is alive. Cheap: call it in every step that may take seconds."""
         self._progress += 1
 
-    def wake(self) -> None:
-        """Make the post look at once."""
-        if not self._rung:
-            self._rung = True
-            with contextlib.suppress(OSError):  # it is awake anyway, or gone
-                self._bell.send(b"\0")
+    def serve(self, seconds: float) -> None:
+        """With the lock, which is released meanwhile: wait for the sockets instead of the post, and serve them."""
+        self._waiting += 1
+        self.lock.release()
+        try:
+            ready = self._descriptors.wait(seconds)
+        finally:
+            self.lock.acquire()
+            self._waiting -= 1
+        self._left = time.monotonic()
+        self.turn(ready)
 
     def close(self) -> None:
         """Send what is left, say goodbye, release everything."""
@@ -165,9 +167,9 @@ class Post:
                 for link in self._links.values():
                     link.books.farewell()
                     link.touched = True
-        self.wake()
+        self._descriptors.ring()
         while self._thread.is_alive():
-            self._thread.join(TURN)
+            self._thread.join(LOOK)
 
     def __enter__(self) -> Post:
         return self
@@ -177,81 +179,88 @@ class Post:
     ) -> None:
         self.close()
 
-    # ---- the post's own thread
+    # ---- the post's own thread, and whoever serves the sockets in its place
 
     def _run(self) -> None:
-        problem = "the transport is closed"
         try:
-            poller = zmq.Poller()
-            poller.register(self._hook.fileno(), zmq.POLLIN)
-            dealers = [s for link in self._links.values() for s in (link.socket, link.monitor) if link.monitor]
-            for socket in [self._gate.socket, self._router, self._router_monitor, *dealers]:
-                if socket is not None:
-                    poller.register(socket, zmq.POLLIN)
-            turned = time.monotonic()
             while not self._finished():
-                ready = {source for source, _ in poller.poll(int(TURN * 1000))}
+                relieved = self._relieved
+                ready = self._descriptors.wait(LOOK, bell_only=relieved)
                 with self.lock:
-                    slept = time.monotonic() - turned - 1.0
-                    if slept > 0:
-                        for link in self._links.values():
-                            link.forgive(slept)
-                    self._turn(ready)
-                turned = time.monotonic()
-        except BaseException as bug:
-            problem = f"the transport stopped on an internal error ({type(bug).__name__}); please report it"
-            self._say(problem)
+                    if ready if relieved else not self._relieved:
+                        self.turn(ready)
         finally:
             try:
                 with self.lock:
-                    for link in self._links.values():
-                        link.failure = link.failure or LocalError(problem)
-                        link.changed.notify_all()
+                    self._end("the transport is closed")
             finally:
                 if any(link.route is not None for link in self._links.values()):
                     time.sleep(_PAUSE)
                 self._release(_LINGER)
 
+    def _end(self, problem: str) -> None:
+        self._over = True
+        for link in self._links.values():
+            link.failure = link.failure or LocalError(problem)
+
     def _release(self, linger: int) -> None:
         self._context.destroy(linger)
-        self._bell.close()
-        self._hook.close()
+        self._descriptors.close()
 
     def _finished(self) -> bool:
         """When closing: whether nobody is left who could still acknowledge."""
         with self.lock:
-            return self.closing is not None and (
-                time.monotonic() - self.closing > self.patience.flush
-                or all(link.finished for link in self._links.values())
+            return self._over or (
+                self.closing is not None
+                and (
+                    time.monotonic() - self.closing > self.patience.flush
+                    or all(link.finished for link in self._links.values())
+                )
             )
 
-    def _turn(self, ready: Set[object]) -> None:
-        """Serve the sockets that have something, then the links that were touched; all links every now and then."""
-        if self._rung:
-            with contextlib.suppress(BlockingIOError):  # the byte is on its way
-                self._hook.recv(4096)
-                self._rung = False  # only then: a ring whose byte we had just read would silence all that follow
-        if self._gate.socket in ready:
-            self._admit()
-        if self._router_monitor is not None and self._router_monitor in ready:
-            for event in curve.events(self._router_monitor):
-                self._failed_handshakes += bool(event & curve.HANDSHAKE_FAILED)
-        if self._router is not None and self._router in ready:
-            self._collect(self._router, None)
-        for link in self._links.values():
-            if link.monitor is not None and link.monitor in ready:
-                self._observe(link, link.monitor)
-            if link.monitor is not None and link.socket is not None and link.socket in ready:
-                self._collect(link.socket, link)
+    @property
+    def _relieved(self) -> bool:
+        """Whether the role serves the sockets, or did so a moment ago and may soon again."""
+        return self.closing is None and (self._waiting > 0 or time.monotonic() < self._left + LOOK)
+
+    def turn(self, ready: Iterable[int] = ()) -> None:
+        """With the lock: serve the sockets that have something, then the links that were touched; all of them every now
+        and then."""
+        if self._over:
+            return
+        try:
+            self._turn(ready)
+        except Exception as bug:
+            problem = f"the transport stopped on an internal error ({type(bug).__name__}); please report it"
+            self._say(problem)
+            self._end(problem)
+
+    def _turn(self, ready: Iterable[int]) -> None:
         now = time.monotonic()
+        slept, self._turned = now - self._turned - 1.0, now
         look = now >= self._next_look
         if look:
-            self._next_look = now + TURN / 4
-        for link in self._links.values():
-            if look and link.failure is None and not link.books.closed:
-                self._fail(link, link.judge(now, self.patience, self._strangers()))
-            if look or link.touched:
-                self._deliver(link, now, look)
+            self._next_look = now + LOOK
+        if slept > 0:
+            for link in self._links.values():
+                link.forgive(slept)
+        self._descriptors.act(None if look else ready)
+        for _ in range(_BURST):  # what we send may take away the sign that something came
+            taken = [self._collect(socket, link) for socket, link in self._data]
+            now = time.monotonic()
+            for link in self._links.values():
+                if look and link.failure is None and not link.books.closed:
+                    self._fail(link, link.judge(now, self.patience, self._strangers()))
+                if look or link.touched:
+                    self._deliver(link, now, look)
+            look = False
+            if not any(taken):
+                return
+        self._descriptors.ring()
+
+    def _count_failures(self, monitor: curve.Socket) -> None:
+        for event in curve.events(monitor):
+            self._failed_handshakes += bool(event & curve.HANDSHAKE_FAILED)
 
     def _strangers(self) -> str:
         return (
@@ -265,7 +274,6 @@ class Post:
         if error is not None and link.failure is None and not link.books.closed:  # then what it said still counts
             link.failure = error
             link.books.inbox.clear()
-            link.changed.notify_all()
 
     def _observe(self, link: Link, monitor: curve.Socket) -> None:
         """What happened to a connection of ours."""
@@ -292,11 +300,11 @@ class Post:
             elif event == zmq.EVENT_DISCONNECTED:
                 link.route = None
 
-    def _collect(self, socket: curve.Socket, link: Link | None) -> None:
-        """Take the frames that wait, a dealer's for its `link`, the router's for whom their key says."""
-        for _ in range(_BURST):
+    def _collect(self, socket: curve.Socket, link: Link | None) -> bool:
+        """Whether frames wait; they are taken, a dealer's for its `link`, the router's for whom their key says."""
+        for number in range(_BURST):
             if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                return
+                return number > 0
             route = None if link else socket.recv(zmq.NOBLOCK, copy=False)
             frame = socket.recv(zmq.NOBLOCK)
             while socket.getsockopt(zmq.RCVMORE):  # no frame of ours has parts
@@ -310,6 +318,7 @@ class Post:
                 except Exception as error:
                     text = f"{sender.name} sent a frame that could not be read ({type(error).__name__})"
                     self._fail(sender, ProtocolViolation(text, peer=sender.name))
+        return True
 
     def _sender(self, first: zmq.Frame, frame: bytes) -> Link | None:
         """Whose frame this is, by the key of the connection; its newest connection is the way back. `first` is what the

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from parties import curve
 from parties.channel import Channel
 from parties.delivery import BEAT, BYE, FIXED, FRAME_LIMIT, MORE, OPEN, PIECE, VERSION, WINDOW, Delivery
+from parties.descriptors import Descriptors
 from parties.errors import ColonnadeError, LocalError, PeerAborted, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
 from parties.ledger import Ledger
@@ -150,21 +151,20 @@ def test_a_slow_consumer_blocks_the_sender() -> None:
 
 
 def test_a_ring_while_the_last_one_is_read_silences_none_that_follow() -> None:
-    post = Post(BANK, [], listen=None)
-    post.close()
-    post._bell, hook = socket.socketpair()
-    hook.setblocking(False)
+    descriptors = Descriptors()
+    hook = descriptors._hook
 
     class Rung:
         def recv(self, size: int) -> bytes:
-            post.wake()
+            descriptors.ring()
             return hook.recv(size)
 
-    with post._bell, hook:
-        post._hook, post._rung = Rung(), False  # type: ignore[assignment]
-        post._turn(set())
-        post.wake()
-        assert hook.recv(1) == b"\0"
+    descriptors._hook = Rung()  # type: ignore[assignment]
+    descriptors._hear()
+    descriptors.ring()
+    assert hook.recv(1) == b"\0"
+    descriptors._hook = hook
+    descriptors.close()
 
 
 def test_a_message_above_the_limit_stays_here() -> None:

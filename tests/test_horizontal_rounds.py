@@ -1329,8 +1329,17 @@ def test_attempts_are_no_more_than_agreed() -> None:
     assert "one attempt too many" in str(cheat(insists, own()))
 
 
-def let_go(hub: Channel, number: int, what: str = "kept") -> None:
-    hub.send(Turn(number, 0, np.empty(0, np.uint8), what, 1.0))
+def let_go(hub: Channel, number: int) -> None:
+    hub.send(Turn(number, 0, np.empty(0, np.uint8), "left out", 1.0))
+
+
+def test_a_coordinator_that_calls_numbers_kept_that_no_sum_has_is_refused() -> None:
+    def insists(hub: Channel) -> None:
+        hub.send(task(0, 0))
+        hub.receive(Ready)
+        hub.send(Turn(0, 0, np.empty(0, np.uint8), "kept", 1.0))
+
+    assert "says that it has our numbers" in str(cheat(insists, own()))
 
 
 def openly(**given: Any) -> Horizontal:
@@ -1458,7 +1467,7 @@ def test_no_second_sum_of_a_round_is_opened() -> None:
         patch.setattr(Star, "_add_masked", greedy)
         table.run()
     for name in NAMES[:3]:
-        assert "a sum that may be open" in str(table.outcomes[name])
+        assert "sent Turn where Task is due" in str(table.outcomes[name])
 
 
 def test_a_killed_client_helps_to_open_no_second_sum_though_it_is_asked_to(tmp_path: Path) -> None:

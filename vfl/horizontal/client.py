@@ -223,8 +223,8 @@ class _End:
         elif trains and self.trainer.pending:
             self.save(task)
         self.channel.send(Ready(task.number, 0, np.array([level], np.uint8)))
-        opened, last = False, -1
-        while (turn := self._turn(task, level)).what == "add":
+        kept, opened, last = False, False, -1
+        while not kept and (turn := self._turn(task, level)).what == "add":
             with blame(self.channel.peer):
                 if opened or turn.attempt <= last:  # two sums of a round would tell their difference
                     raise ValueError("a turn that it has given before, or one after a sum that may be open")
@@ -232,16 +232,20 @@ class _End:
                 self.spending.charge(task.round)
             last = turn.attempt
             opened = self._send(task, turn, job.noised(message) if noisy else message)
-        if turn.what == "kept":
+            kept = opened and job.settings.secure  # whose numbers the sum has it has signed: nobody need tell
+        if kept or turn.what == "kept":
             self.trainer.keep()
             self.counted = task.round if trains else self.counted
-        return turn.what == "kept"
+            return True
+        return False
 
     def _turn(self, task: Task, level: int) -> Turn:
         turn = self.channel.receive(Turn)
         with blame(self.channel.peer):
             if level >= len(LEVELS) and turn.what != "left out":
                 raise ValueError(f"asked us to {turn.what!r} where our numbers are out of the sum")
+            if turn.what == "kept" and self.trainer.job.settings.secure:
+                raise ValueError("says that it has our numbers, of which we have opened no sum")
             if turn.round != task.number or turn.attempt >= self.trainer.job.settings.clients.attempts:
                 raise ValueError("a turn of another sum, or one attempt too many")
             bounds = (self.trainer.job.noise_bound,) if self.trainer.job.settings.private else LEVELS

@@ -5,6 +5,8 @@
     2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation
     3  C -> u   Turn "kept"                                  the sum has it; or "left out", or "add" for another attempt
 
+With secure aggregation there is no "kept": whose numbers the sum has, u has signed.
+
 A Task that asks for no sum: "score" is answered by Scores; "finish" by nothing.
 """
 

@@ -100,7 +100,10 @@ class Star:
         if self.task.stage == "train":
             self.counted |= dict.fromkeys(collected.survivors, self.task.round)
         for name in self.waiting:
-            self._turn(name, "kept" if name in collected.survivors else "left out")
+            if name not in collected.survivors:
+                self._turn(name, "left out")
+            elif not self.job.settings.secure:  # else it knows
+                self._turn(name, "kept")
         self.waiting = []
 
     def scores(self, task: Task) -> dict[str, Score]:

@@ -157,6 +157,8 @@ class Post:
             self.lock.acquire()
             self._waiting -= 1
         self._left = time.monotonic()
+        if not ready:  # judge before the role's own patience ends: it says more
+            self._next_look = 0.0
         self.turn(ready)
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ from vfl.horizontal.messages import (
     SurvivorSignature,
     Unmasking,
 )
-from vfl.horizontal.secure_aggregation import Aggregate, Outcome, aggregate, contribute, settle
+from vfl.horizontal.secure_aggregation import Aggregate, Keys, Outcome, aggregate, contribute, settle
 from vfl.horizontal.shamir import recover
 
 STEPS: list[type[Step]] = [KeyOffer, SealedShares, MaskedInput, SurvivorSignature, Unmasking]
@@ -326,7 +326,7 @@ def row(position: int, change: Callable[[Array], Any]) -> Callable[[Step], Step]
 
 def forged(owner: str, signer: str, keys: bytes) -> Array:
     """An offer in a client's name, signed by anybody."""
-    body = context().digest + FIVE.index(owner).to_bytes(4, "little") + keys
+    body = context().occasion + keys
     return np.frombuffer(keys + KEYRING[signer].sign(KEYS, body), np.uint8)
 
 
@@ -487,6 +487,36 @@ def test_keys_of_another_attempt_are_refused():
     assert "c02 are not signed by it for this attempt" in str(star.outcomes["c01"])
 
 
+def test_keys_that_were_offered_for_another_occasion_join_no_sum():
+    for other in (context(round=4), context(attempt=1), context(subject=bytes([1]) * 32), context(session=bytes(32))):
+        star = Star()
+        given = Keys.offer(other.occasion, KEYRING["c01"])
+        with pytest.raises(ProtocolViolation, match="another occasion"):
+            contribute(star.clients["c01"], KEYRING["c01"], PUBLIC, context(), inputs()["c01"], set(), keys=given)
+        assert not star.recorded["c01"]["hub"].sent
+
+
+def test_a_sum_with_keys_that_were_offered_before():
+    star, shared, values = Star(), context(), inputs()
+    keys = {name: Keys.offer(shared.occasion, KEYRING[name]) for name in FIVE}
+    other = context(names=FIVE[:4])  # who takes part may be known later
+    assert other.occasion == shared.occasion and other.digest != shared.digest
+
+    def run(name: str) -> None:
+        given = (star.clients[name], KEYRING[name], PUBLIC, shared, values[name], star.used[name])
+        star.outcomes[name] = contribute(*given, keys=keys[name])
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in FIVE]
+    for thread in threads:
+        thread.start()
+    shown = {name: keys[name].shown for name in FIVE}
+    result = aggregate(star.hub, PUBLIC, shared, 7, {}, 20.0, offers=shown)
+    for thread in threads:
+        thread.join()
+    assert result.total.tolist() == plain_sum(values, FIVE, shared.quantisation)
+    assert not any(sent(star.recorded, name, "hub", KeyOffer) for name in FIVE)
+
+
 @pytest.mark.parametrize("answer", [KeyList, ShareList, Survivors, SignatureList])
 def test_answers_of_another_attempt_are_refused(answer):
     assert "of another attempt" in refused(altering("hub", "c01", answer, with_fields(attempt=1)))
@@ -526,7 +556,7 @@ def test_a_client_gives_one_share_of_each_of_one_secret_only(dropped):
     star, result = attempt(
         vanish={FIVE[j]: 2 for j in dropped}, seeds={name: name.encode() * 10 + b"xx" for name in FIVE}
     )
-    offers = {j: read_offer(shared, j, PUBLIC[FIVE[j]], offer_of(star, j)) for j in range(5)}
+    offers = {j: read_offer(shared.occasion, FIVE[j], PUBLIC[FIVE[j]], offer_of(star, j)) for j in range(5)}
     for owner in range(5):
         shares = [
             (j + 1, int.from_bytes(star.replies()[FIVE[j]][0].data[owner].tobytes(), "big"))
@@ -706,7 +736,7 @@ def test_the_input_of_one_that_is_said_to_have_dropped_stays_masked():
     outcomes = star.finish()
     assert isinstance(outcomes["c04"], ProtocolViolation)
     shares = [(j + 1, int.from_bytes(seen[j][Unmasking][4].tobytes(), "big")) for j in range(4)]
-    offers = {j: read_offer(shared, j, PUBLIC[FIVE[j]], seen[j][KeyOffer].tobytes()) for j in range(5)}
+    offers = {j: read_offer(shared.occasion, FIVE[j], PUBLIC[FIVE[j]], seen[j][KeyOffer].tobytes()) for j in range(5)}
     key = mask_key(recover(shares, 3, lambda seed: public(seed) == offers[4].mask))
     others = {j: offers[j] for j in range(4)}
     assert looks_uniform(seen[4][MaskedInput] - pairwise_masks(shared, 4, key, others, 8192))

@@ -19,7 +19,7 @@ from parties.errors import ColonnadeError, LocalError, PeerAborted, Refused, bla
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity
 from vfl.checkpoint import Bound, Checkpoint, read_checkpoint, write_checkpoint
-from vfl.horizontal.context import Context
+from vfl.horizontal.context import Context, occasion
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Client, Outcome, Round, already_done
 from vfl.horizontal.privacy_budget import PrivacyBudget
@@ -37,7 +37,7 @@ from vfl.horizontal.round_messages import (
     Turn,
     Update,
 )
-from vfl.horizontal.secure_aggregation import contribute
+from vfl.horizontal.secure_aggregation import Keys, contribute
 from vfl.horizontal.settings import Job, Schema, Spending
 from vfl.horizontal.trainer import Data, Trainer, describe
 
@@ -222,7 +222,11 @@ class _End:
             self.sign(task, job.subject(task))
         elif trains and self.trainer.pending:
             self.save(task)
-        self.channel.send(Ready(task.number, 0, np.array([level], np.uint8)))
+        keys = None
+        if level < len(LEVELS) and job.settings.secure:
+            keys = Keys.offer(occasion(self.session, task.number, 0, job.subject(task)), self.me)
+        shown = keys.shown.raw if keys is not None else b""
+        self.channel.send(Ready(task.number, 0, np.frombuffer(bytes([level]) + shown, np.uint8)))
         kept, opened, last = False, False, -1
         while not kept and (turn := self._turn(task, level)).what == "add":
             with blame(self.channel.peer):
@@ -231,7 +235,7 @@ class _End:
             if noisy and last >= 0:
                 self.spending.charge(task.round)
             last = turn.attempt
-            opened = self._send(task, turn, job.noised(message) if noisy else message)
+            opened = self._send(task, turn, job.noised(message) if noisy else message, None if turn.attempt else keys)
             kept = opened and job.settings.secure  # whose numbers the sum has it has signed: nobody need tell
         if kept or turn.what == "kept":
             self.trainer.keep()
@@ -253,13 +257,15 @@ class _End:
                 raise ValueError("a bound that was not agreed")
         return turn
 
-    def _send(self, task: Task, turn: Turn, message: NDArray[np.float64]) -> bool:
+    def _send(self, task: Task, turn: Turn, message: NDArray[np.float64], keys: Keys | None) -> bool:
         """Whether the coordinator may have opened the sum."""
         settings = self.trainer.job.settings
         if settings.secure:
             context = self._context(task, turn)
             sign = partial(self.sign, task)
-            done = contribute(self.channel, self.me, self.identities, context, message, self.used, before_signing=sign)
+            done = contribute(
+                self.channel, self.me, self.identities, context, message, self.used, before_signing=sign, keys=keys
+            )
             return bool(done.survivors)
         if settings.compression and task.stage == "train" and self.trainer.packed is not None:
             self.channel.send(Packed(task.number, turn.attempt, self.trainer.packed))

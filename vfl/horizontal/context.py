@@ -55,6 +55,12 @@ class Quantisation:
         return np.ldexp(words.astype(np.int64).astype(np.float64), -self.fraction_bits)
 
 
+def occasion(session: bytes, round: int, attempt: int, subject: bytes) -> bytes:
+    """What a client's keys are bound to, which it may offer before it is known who takes part; 32 bytes."""
+    plain = msgspec.json.encode([session.hex(), round, attempt, subject.hex()])
+    return hashlib.sha256(b"colonnade/aggregation keys/1" + plain).digest()
+
+
 @dataclass(frozen=True)
 class Context:
     """One attempt at one secure sum, the same at all who take part.
@@ -122,6 +128,10 @@ class Context:
         return hashlib.sha256(
             b"colonnade/aggregation/1" + msgspec.json.encode([*fields, q.bound, q.fraction_bits])
         ).digest()
+
+    @cached_property
+    def occasion(self) -> bytes:
+        return occasion(self.session, self.round, self.attempt, self.subject)
 
     @property
     def quorum(self) -> int:

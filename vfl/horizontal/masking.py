@@ -6,7 +6,8 @@ Client u draws a mask key and a self mask b_u and sends
 
 s_uv the Diffie-Hellman secret of u's and v's mask keys (Bonawitz et al., Practical Secure Aggregation for
 Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the context through HKDF and is used
-for one stream or one ciphertext only, which is why nonces are zero.
+for one stream or one ciphertext only, which is why nonces are zero. What a client offers is signed for the occasion
+(session, sum, attempt), since it may do so before it is known who takes part; who that is, everything after binds.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ _PROBE = X25519PrivateKey.from_private_bytes(bytes(32))  # any scalar: it is a m
 KEYS, SURVIVORS = "aggregation keys", "aggregation survivors"  # what a client signs
 
 
-def _derive(context: Context, secret: bytes, purpose: str, size: int = 32) -> bytes:
-    return HKDF(SHA256(), size, salt=context.digest, info=f"colonnade/aggregation/{purpose}/1".encode()).derive(secret)
+def _derive(salt: bytes, secret: bytes, purpose: str, size: int = 32) -> bytes:
+    return HKDF(SHA256(), size, salt=salt, info=f"colonnade/aggregation/{purpose}/1".encode()).derive(secret)
 
 
 def _cipher(key: bytes) -> CipherContext:
@@ -49,8 +50,8 @@ def _stream(key: bytes, size: int) -> bytes:
     return _cipher(key).update(bytes(size))
 
 
-def _commitment(context: Context, client: int, self_seed: int) -> bytes:
-    return _derive(context, self_seed.to_bytes(32, "big"), f"commitment {client}")
+def _commitment(occasion: bytes, name: str, self_seed: int) -> bytes:
+    return _derive(occasion, self_seed.to_bytes(32, "big"), f"commitment {name}")
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,29 @@ class Secrets:
     sealing: X25519PrivateKey = field(repr=False)
     mask_seed: int = field(repr=False)
     self_seed: int = field(repr=False)
-    coefficients: tuple[list[int], list[int]] = field(repr=False)
+    _rest: CipherContext = field(repr=False)
 
     @cached_property
     def mask(self) -> X25519PrivateKey:
         return mask_key(self.mask_seed)
 
     @classmethod
-    def draw(cls, context: Context, seed: bytes | None = None) -> Secrets:
+    def draw(cls, seed: bytes | None = None) -> Secrets:
         """Fresh; a `seed` of 32 bytes replays them."""
-        raw = _stream(seed or secrets.token_bytes(32), 32 * (1 + 2 * context.quorum))
-        chunks = [raw[i : i + 32] for i in range(0, len(raw), 32)]
-        mask_seed, self_seed, *rest = (int.from_bytes(chunk, "big") % PRIME for chunk in chunks[1:])
-        half = len(rest) // 2  # each number is 2^-248 from uniform
-        return cls(X25519PrivateKey.from_private_bytes(chunks[0]), mask_seed, self_seed, (rest[:half], rest[half:]))
+        rest = _cipher(seed or secrets.token_bytes(32))
+        sealing = X25519PrivateKey.from_private_bytes(rest.update(bytes(32)))
+        mask_seed, self_seed = _numbers(rest, 2)
+        return cls(sealing, mask_seed, self_seed, rest)
+
+    def coefficients(self, count: int) -> list[int]:
+        """The next ones, for a polynomial."""
+        return _numbers(self._rest, count)
+
+
+def _numbers(stream: CipherContext, count: int) -> list[int]:
+    """Modulo Shamir's prime; each is 2^-248 from uniform."""
+    raw = stream.update(bytes(32 * count))
+    return [int.from_bytes(raw[i : i + 32], "big") % PRIME for i in range(0, len(raw), 32)]
 
 
 def mask_key(mask_seed: int) -> X25519PrivateKey:
@@ -101,8 +111,8 @@ def rows_of(near: Sequence[int], data: Array) -> dict[int, bytes]:
 
 @dataclass(frozen=True)
 class Offer:
-    """A client's public keys for one attempt, its commitment to its self mask, and its signature over context, position
-    and these; 32, 32, 32 and 64 bytes."""
+    """A client's public keys for one attempt, its commitment to its self mask, and its signature over the occasion and
+    these; 32, 32, 32 and 64 bytes."""
 
     sealing: bytes
     mask: bytes
@@ -114,29 +124,27 @@ class Offer:
         return self.sealing + self.mask + self.commitment + self.signature
 
 
-def make_offer(context: Context, client: int, me: Identity, drawn: Secrets) -> Offer:
+def make_offer(occasion: bytes, me: Identity, drawn: Secrets) -> Offer:
     sealing = drawn.sealing.public_key().public_bytes_raw()
     mask = drawn.mask.public_key().public_bytes_raw()
-    commitment = _commitment(context, client, drawn.self_seed)
-    signature = me.sign(KEYS, _statement(context, client, sealing + mask + commitment))
+    commitment = _commitment(occasion, me.name, drawn.self_seed)
+    signature = me.sign(KEYS, occasion + sealing + mask + commitment)
     return Offer(sealing, mask, commitment, signature)
 
 
-def read_offer(context: Context, client: int, identity: PublicIdentity, raw: bytes) -> Offer:
+def read_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes) -> Offer:
     """Raises ValueError: not signed by that client for this attempt."""
-    if not identity.signed(KEYS, _statement(context, client, raw[:96]), raw[96:]):
-        raise ValueError(f"the keys of {context.names[client]} are not signed by it for this attempt")
+    if not identity.signed(KEYS, occasion + raw[:96], raw[96:]):
+        raise ValueError(f"the keys of {name} are not signed by it for this attempt")
     return Offer(raw[:32], raw[32:64], raw[64:96], raw[96:])
 
 
-def refuse_weak(offer: Offer) -> None:
-    """Raises ValueError: a key of small order, with which every secret would be 0."""
+def check_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes) -> Offer:
+    """At the coordinator. Raises ValueError: as above, or a key of small order, with which every secret would be 0."""
+    offer = read_offer(occasion, name, identity, raw)
     for key in (offer.sealing, offer.mask):
         _PROBE.exchange(X25519PublicKey.from_public_bytes(key))
-
-
-def _statement(context: Context, client: int, body: bytes) -> bytes:
-    return context.digest + client.to_bytes(4, "little") + body
+    return offer
 
 
 # ---- step 1: shares, sealed from client to client
@@ -147,8 +155,8 @@ def make_shares(context: Context, client: int, drawn: Secrets) -> dict[int, byte
     near = context.neighbourhood(client)
     holders = [holder + 1 for holder in near]
     of_mask, of_self = (
-        split(seed, context.quorum, holders, coefficients)
-        for seed, coefficients in zip((drawn.mask_seed, drawn.self_seed), drawn.coefficients, strict=True)
+        split(seed, context.quorum, holders, drawn.coefficients(context.quorum - 1))
+        for seed in (drawn.mask_seed, drawn.self_seed)
     )
     return {
         holder: of_mask[holder + 1].to_bytes(32, "big") + of_self[holder + 1].to_bytes(32, "big") for holder in near
@@ -164,7 +172,7 @@ def agree(context: Context, client: int, drawn: Secrets, offers: Mapping[int, Of
     for other, offer in offers.items():
         shared = drawn.sealing.exchange(X25519PublicKey.from_public_bytes(offer.sealing))
         low, high = sorted((client, other))
-        both = _derive(context, shared, f"shares {low} {high}", 64)  # from low to high, from high to low
+        both = _derive(context.digest, shared, f"shares {low} {high}", 64)  # from low to high, from high to low
         keys[other] = (both[:32], both[32:]) if client == low else (both[32:], both[:32])
     return keys
 
@@ -186,7 +194,7 @@ def unseal(key: bytes, sealed: bytes) -> bytes | None:
 
 def self_mask(context: Context, client: int, self_seed: int, size: int) -> Words:
     """PRG(b_u), (size,)."""
-    key = _derive(context, self_seed.to_bytes(32, "big"), f"self {client}")
+    key = _derive(context.digest, self_seed.to_bytes(32, "big"), f"self {client}")
     return np.frombuffer(_stream(key, 8 * size), "<u8")
 
 
@@ -198,7 +206,7 @@ def pairwise_masks(
     for other, offer in offers.items():
         shared = key.exchange(X25519PublicKey.from_public_bytes(offer.mask))
         low, high = sorted((client, other))
-        _cipher(_derive(context, shared, f"mask {low} {high}")).update_into(zeros, mask.view(np.uint8).data)
+        _cipher(_derive(context.digest, shared, f"mask {low} {high}")).update_into(zeros, mask.view(np.uint8).data)
         if client == low:
             total += mask
         else:
@@ -210,15 +218,19 @@ def pairwise_masks(
 
 
 def sign_survivors(context: Context, client: int, me: Identity, survivors: Array) -> bytes:
-    return me.sign(SURVIVORS, _statement(context, client, survivors.tobytes()))
+    return me.sign(SURVIVORS, _statement(context, client, survivors))
 
 
 def check_survivors(
     context: Context, client: int, identity: PublicIdentity, survivors: Array, signature: bytes
 ) -> None:
     """Raises ValueError: the client did not sign these survivors in this attempt."""
-    if not identity.signed(SURVIVORS, _statement(context, client, survivors.tobytes()), signature):
+    if not identity.signed(SURVIVORS, _statement(context, client, survivors), signature):
         raise ValueError(f"{context.names[client]} has not signed these survivors of this attempt")
+
+
+def _statement(context: Context, client: int, survivors: Array) -> bytes:
+    return context.digest + client.to_bytes(4, "little") + survivors.tobytes()
 
 
 # ---- step 4: the sum
@@ -259,7 +271,7 @@ def _seed(
 
     def fits(seed: int) -> bool:
         if survived:
-            return _commitment(context, owner, seed) == offer.commitment
+            return _commitment(context.occasion, context.names[owner], seed) == offer.commitment
         return mask_key(seed).public_key().public_bytes_raw() == offer.mask
 
     holders = [

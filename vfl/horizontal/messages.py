@@ -33,7 +33,10 @@ class Step(Message):
 @kind(310, "control", "|u1", 1)
 @dataclass(frozen=True, eq=False)
 class KeyOffer(Step):
-    """u -> C: an X25519 key for sealing shares, one for pairwise masks, a commitment to the self mask; signed."""
+    """u -> C: an X25519 key for sealing shares, one for pairwise masks, a commitment to the self mask; signed.
+
+    Those of a first attempt come with u's Ready.
+    """
 
     width = 160
 

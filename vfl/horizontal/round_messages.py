@@ -1,7 +1,8 @@
 """The conversation around a sum, in order. C is the coordinator, u a client; secure aggregation fits in after a Turn.
 
     0  u -> C   Table              C -> u   Admission        columns, units, classes: the same at all
-    1  C -> u   Task               u -> C   Ready            once the client has computed what the sum needs of it
+    1  C -> u   Task               u -> C   Ready            once the client has computed what the sum needs of it;
+                                                             with its keys for the first attempt at a secure sum
     2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation
     3  C -> u   Turn "kept"                                  the sum has it; or "left out", or "add" for another attempt
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from parties.message import Array, Message, kind
-from vfl.horizontal.messages import Step
+from vfl.horizontal.messages import KeyOffer, Step
 from vfl.horizontal.models import Score
 
 STAGES = ("rows", "means", "scales", "train", "score", "finish")
@@ -72,12 +73,19 @@ class Task(Message):
 @kind(333, "control", "|u1", 1)
 @dataclass(frozen=True, eq=False)
 class Ready(Step):
-    """u -> C: one byte: which of LEVELS holds for u's numbers, or why it has none."""
+    """u -> C: one byte: which of LEVELS holds for u's numbers, or why it has none; then, for a secure sum, u's keys for
+    the first attempt, as in a KeyOffer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data.shape != (1,) or not (self.data[0] < len(LEVELS) or int(self.data[0]) in REASONS):
+        if len(self.data) not in (1, 1 + KeyOffer.width) or int(self.data[0]) not in (*range(len(LEVELS)), *REASONS):
             raise ValueError("neither ready nor a known reason")
+        if len(self.data) > 1 and self.declines:
+            raise ValueError("keys for a sum that it takes no part in")
+
+    @property
+    def declines(self) -> bool:
+        return bool(self.data[0] >= len(LEVELS))
 
 
 @kind(334, "control", "|u1", 1)

@@ -1,6 +1,6 @@
 """Secure aggregation: the coordinator learns the sum over the clients that stay, and no client's part. Two roles.
 
-    0  u -> C   KeyOffer           C -> u   KeyList          fresh keys, signed by their owners
+    0  u -> C   KeyOffer           C -> u   KeyList          fresh keys, signed by their owners; or offered before
     1  u -> C   SealedShares       C -> u   ShareList        shares of both of u's secrets, sealed to their holders
     2  u -> C   MaskedInput        C -> u   Survivors        from here on the set is fixed
     3  u -> C   SurvivorSignature  C -> u   SignatureList    all sign the same set
@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
 import numpy as np
@@ -36,13 +36,13 @@ from vfl.horizontal.masking import (
     Offer,
     Secrets,
     agree,
+    check_offer,
     check_survivors,
     make_offer,
     make_shares,
     open_sum,
     pairwise_masks,
     read_offer,
-    refuse_weak,
     rows_of,
     seal,
     self_mask,
@@ -92,6 +92,21 @@ class Aggregate:
     lost: Mapping[str, ColonnadeError]
 
 
+@dataclass(frozen=True)
+class Keys:
+    """What a client has drawn for one attempt, and what it shows of it."""
+
+    occasion: bytes
+    drawn: Secrets = field(repr=False)
+    shown: Offer
+
+    @classmethod
+    def offer(cls, occasion: bytes, me: Identity, seed: bytes | None = None) -> Keys:
+        """Fresh; a `seed` of 32 bytes replays them."""
+        drawn = Secrets.draw(seed)
+        return cls(occasion, drawn, make_offer(occasion, me, drawn))
+
+
 def contribute(
     channel: Channel,
     me: Identity,
@@ -102,13 +117,14 @@ def contribute(
     timeout: float | None = None,
     seed: bytes | None = None,
     before_signing: Callable[[], None] = lambda: None,
+    keys: Keys | None = None,
 ) -> Outcome:
     """At a client: add our values (size,) to the sum.
 
     used: the digests of the contexts in which we took part, kept for as long as the session; we take part in each once.
     timeout: seconds per answer of the coordinator, more than it gives all clients for a step; None: the channel's own.
     seed: 32 bytes that replay our secrets. before_signing: called once the survivors are known: when it returns we sign
-    them, and the sum may be opened.
+    them, and the sum may be opened. keys: those that we have offered for this attempt; None: we offer fresh ones.
 
     Reveals:
         To the coordinator: the sum over the survivors, at least `context.threshold` of the agreed clients, or nothing.
@@ -128,18 +144,23 @@ def contribute(
             raise ValueError(f"asks for round {context.round}, attempt {context.attempt}, once more or without us")
         used.add(context.digest)
         us = context.names.index(me.name)
-        near, drawn = context.neighbourhood(us), Secrets.draw(context, seed)
+        near = context.neighbourhood(us)
 
-        own = make_offer(context, us, me, drawn)
-        channel.send(_step(KeyOffer, context, np.frombuffer(own.raw, np.uint8)))
+        if keys is None:
+            keys = Keys.offer(context.occasion, me, seed)
+            channel.send(_step(KeyOffer, context, np.frombuffer(keys.shown.raw, np.uint8)))
+        elif keys.occasion != context.occasion:
+            raise ValueError("asks for a sum of another occasion than that for which we have offered keys")
+        own, drawn = keys.shown, keys.drawn
         if (data := _answer(channel, KeyList, context, timeout)) is None:
             return Outcome(())
         rows = _enough(context, rows_of(near, data), "keys")
         if rows.pop(us, None) != own.raw:
             raise ValueError("our own keys did not come back")
-        offers = {j: read_offer(context, j, identities[context.names[j]], raw) for j, raw in rows.items()}
-        keys = [key for offer in (own, *offers.values()) for key in (offer.sealing, offer.mask)]
-        if len(set(keys)) < len(keys):
+        names = context.names
+        offers = {j: read_offer(context.occasion, names[j], identities[names[j]], raw) for j, raw in rows.items()}
+        seen = [key for offer in (own, *offers.values()) for key in (offer.sealing, offer.mask)]
+        if len(set(seen)) < len(seen):
             raise ValueError("a key came twice")
 
         shares, agreed = make_shares(context, us, drawn), agree(context, us, drawn, offers)
@@ -167,13 +188,13 @@ def contribute(
         if (data := _answer(channel, SignatureList, context, timeout)) is None:
             return Outcome(())
         signatures = _enough(context, rows_of(near, data) | {us: signature}, "signatures")
-        for j, raw in signatures.items():
-            check_survivors(context, j, identities[context.names[j]], flags, raw)
+        for j in signatures.keys() - {us}:
+            check_survivors(context, j, identities[names[j]], flags, signatures[j])
 
     opened = {j: pair[32:] if flags[j] else pair[:32] for j, pair in held.items() if pair is not None}
     channel.send(_step(Unmasking, context, table(near, opened, Unmasking.width)))
-    unopened = tuple(context.names[j] for j, pair in held.items() if pair is None)
-    return Outcome(tuple(context.names[j] for j in survivors), unopened)
+    unopened = tuple(names[j] for j, pair in held.items() if pair is None)
+    return Outcome(tuple(names[j] for j in survivors), unopened)
 
 
 def _step(step: type[S], context: Context, data: Array) -> S:
@@ -222,12 +243,14 @@ def aggregate(
     owed: Owed,
     seconds: float = 60.0,
     shown: set[bytes] | None = None,
+    offers: Mapping[str, Offer] | None = None,
 ) -> Aggregate:
     """At the coordinator: the sum of the values (size,) of the clients that stay.
 
     owed: what late clients of earlier attempts still owe; those of this one are entered. Nobody in it may take part.
     seconds: the deadline of each of the five steps, for all clients together. shown: to be given the context's digest
-    once clients may open the sum: whoever has done so opens no other of that round.
+    once clients may open the sum: whoever has done so opens no other of that round. offers: of all who take part, when
+    they have come before and are checked; None: they come now.
 
     Reveals:
         To us: the sum over the survivors, who they are, and which clients dropped out at which step.
@@ -240,17 +263,19 @@ def aggregate(
     roll = _Roll(channels, context, owed, seconds)
 
     def offered(client: int, data: Array) -> Offer:
-        offer = read_offer(context, client, identities[context.names[client]], data.tobytes())
-        refuse_weak(offer)
-        return offer
+        name = context.names[client]
+        return check_offer(context.occasion, name, identities[name], data.tobytes())
 
-    offers = roll.gather(KeyOffer, offered)
-    raw = {client: offer.raw for client, offer in offers.items()}
+    if offers is None:
+        known = roll.gather(KeyOffer, offered)
+    else:
+        known = {client: offers[name] for client, name in enumerate(context.names)}
+    raw = {client: offer.raw for client, offer in known.items()}
     roll.tell(KeyList, lambda u: table(near[u], raw, KeyList.width))
 
     def dealt(client: int, data: Array) -> dict[int, bytes]:
         rows = rows_of(near[client], data)
-        if rows.keys() != {j for j in near[client] if j in offers and j != client}:  # else masks would not cancel
+        if rows.keys() != {j for j in near[client] if j in known and j != client}:  # else masks would not cancel
             raise ValueError("shares for others than those whose keys it has")
         return rows
 
@@ -281,7 +306,7 @@ def aggregate(
     roll.tell(SignatureList, lambda u: table(near[u], signatures, SignatureList.width))
 
     replies = roll.gather(Unmasking, lambda client, data: rows_of(near[client], data))
-    total = open_sum(context, masked, {client: offers[client] for client in sealed}, replies)
+    total = open_sum(context, masked, {client: known[client] for client in sealed}, replies)
     return Aggregate(context.quantisation.restore(total), tuple(context.names[j] for j in sorted(masked)), roll.lost)
 
 

@@ -17,6 +17,8 @@ from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolat
 from parties.identity import PublicIdentity
 from vfl.horizontal.client import Admitted
 from vfl.horizontal.compression import compressor
+from vfl.horizontal.context import occasion
+from vfl.horizontal.masking import Offer, check_offer
 from vfl.horizontal.messages import Step
 from vfl.horizontal.models import Score
 from vfl.horizontal.round_messages import (
@@ -62,6 +64,7 @@ class Star:
     task: Task = field(default_factory=lambda: Task(0, 0, "rows", 1, 0, np.empty(0)))
     asked: Sequence[str] = ()
     codes: dict[str, int] = field(default_factory=dict)  # what each one's Ready said
+    offers: dict[str, Offer] = field(default_factory=dict)  # and its keys for the first attempt
     waiting: list[str] = field(default_factory=list)  # for their turn
     missing: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -79,7 +82,7 @@ class Star:
         self.task, self.asked, self.needed = task, names, self.job.needed(task.stage, len(self.identities))
         if task.stage == "train" and settings.clients.rate < 1 and any(map(self._free, self.channels)):
             self.needed = 0  # that nobody was drawn, or came of those, is as good: the sum's divisor is fixed
-        self.codes, self.waiting, self.missing, self.seconds = {}, [], {}, {}
+        self.codes, self.offers, self.waiting, self.missing, self.seconds = {}, {}, [], {}, {}
         self._settle(names, began + settings.clients.deadline)
         self._enough(self._present(names))
         until = time.monotonic() + settings.clients.deadline
@@ -125,11 +128,24 @@ class Star:
         """Give the task to these; who is ready before the deadline waits for its turn."""
         began = time.monotonic()
         for name, ready in self._gather(self._tell(names, self.task), Ready, until):
-            self.seconds[name], self.codes[name] = time.monotonic() - began, int(ready.data[0])
-            if self.codes[name] >= len(LEVELS):
-                self.missing[name] = REASONS[self.codes[name]]
-                self._turn(name, "left out")
+            self.seconds[name] = time.monotonic() - began
+            try:
+                with blame(name):
+                    self._note(name, ready)
+            except ProtocolViolation as error:
+                self._leave(name, error)
         self.waiting = [name for name in self.channels if self.codes.get(name, NOT_FINITE) < len(LEVELS)]
+
+    def _note(self, name: str, ready: Ready) -> None:
+        """Raises ValueError: without keys where they are due, or not its own."""
+        code = int(ready.data[0])
+        if ready.declines:
+            self.missing[name] = REASONS[code]
+            self._turn(name, "left out")
+        elif self.job.settings.secure:
+            bound = occasion(self.session, self.task.number, 0, self.job.subject(self.task))
+            self.offers[name] = check_offer(bound, name, self.identities[name], ready.data[1:].tobytes())
+        self.codes[name] = code
 
     def _settle(self, names: Sequence[str], until: float) -> None:
         """Before a task: late and killed clients come back, before the deadline if too few are there without them."""
@@ -266,7 +282,10 @@ class Star:
             for name in roll:
                 self._turn(name, "add", attempt, bound, roll)
             try:
-                done = aggregate(self.channels, self.identities, context, length, self.owed, clients.deadline, shown)
+                given = None if attempt else self.offers  # of a later attempt they come now
+                done = aggregate(
+                    self.channels, self.identities, context, length, self.owed, clients.deadline, shown, given
+                )
             except (PeerLost, ProtocolViolation) as error:
                 self.missing |= {error.peer: str(error)} if error.peer else {}
                 if isinstance(error, ProtocolViolation) and error.peer:

@@ -71,6 +71,7 @@ class Post:
         self._waiting = 0  # threads of the role that wait for the sockets
         self._left = 0.0  # when the last of them stopped to
         self._turned, self._next_look = time.monotonic(), 0.0
+        self._sent = False  # since the sockets were last looked at
         self._over = False  # the sockets are gone
         self._data: list[tuple[curve.Socket, Link | None]] = []  # those that carry frames: our router, links' dealers
         self._links = {peer.name: Link(self, peer, frame_limit) for peer in peers}
@@ -247,8 +248,9 @@ class Post:
             for link in self._links.values():
                 link.forgive(slept)
         self._descriptors.act(None if look else ready)
-        for _ in range(_BURST):  # what we send may take away the sign that something came
-            taken = [self._collect(socket, link) for socket, link in self._data]
+        for _ in range(_BURST):
+            self._sent = False
+            empty = [self._collect(socket, link) for socket, link in self._data]
             now = time.monotonic()
             for link in self._links.values():
                 if look and link.failure is None and not link.books.closed:
@@ -256,7 +258,7 @@ class Post:
                 if look or link.touched:
                     self._deliver(link, now, look)
             look = False
-            if not any(taken):
+            if not self._sent and all(empty):  # what we send may take away the sign that something came
                 return
         self._descriptors.ring()
 
@@ -265,12 +267,9 @@ class Post:
             self._failed_handshakes += bool(event & curve.HANDSHAKE_FAILED)
 
     def _strangers(self) -> str:
-        return (
-            f" ({self._gate.refused} connections with unlisted keys were refused and {self._failed_handshakes} "
-            "handshakes failed: is the agreed key the one it uses?)"
-            if self._gate.refused or self._failed_handshakes
-            else ""
-        )
+        refused, failed = self._gate.refused, self._failed_handshakes
+        counts = f"{refused} connections with unlisted keys were refused and {failed} handshakes failed"
+        return f" ({counts}: is the agreed key the one it uses?)" if refused or failed else ""
 
     def _fail(self, link: Link, error: ColonnadeError | None) -> None:
         if error is not None and link.failure is None and not link.books.closed:  # then what it said still counts
@@ -303,10 +302,10 @@ class Post:
                 link.route = None
 
     def _collect(self, socket: curve.Socket, link: Link | None) -> bool:
-        """Whether frames wait; they are taken, a dealer's for its `link`, the router's for whom their key says."""
-        for number in range(_BURST):
+        """Take the frames that wait, a dealer's for its `link`, the router's for whom their key says; is that all?"""
+        for _ in range(_BURST):
             if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                return number > 0
+                return True
             route = None if link else socket.recv(zmq.NOBLOCK, copy=False)
             frame = socket.recv(zmq.NOBLOCK)
             while socket.getsockopt(zmq.RCVMORE):  # no frame of ours has parts
@@ -320,7 +319,7 @@ class Post:
                 except Exception as error:
                     text = f"{sender.name} sent a frame that could not be read ({type(error).__name__})"
                     self._fail(sender, ProtocolViolation(text, peer=sender.name))
-        return True
+        return False
 
     def _sender(self, first: zmq.Frame, frame: bytes) -> Link | None:
         """Whose frame this is, by the key of the connection; its newest connection is the way back. `first` is what the
@@ -395,6 +394,7 @@ class Post:
                 raise
             link.route = None
             return False
+        self._sent = True
         link.told = (link.books.received, link.books.consumed)
         link.next_beat = now + min(2.0, self.patience.silence / 4)
         return True

@@ -147,7 +147,7 @@ class Table:
         channel, part = self._channel(mesh, name, "hub"), self.parts[name]
         plain = channel.send
 
-        def send(message: Any, timeout: float | None = None) -> None:
+        def send(message: Any, timeout: float | None = None, more: bool = False) -> None:
             nonlocal left
             if left == 0:
                 raise InterruptedError

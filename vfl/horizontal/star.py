@@ -280,7 +280,7 @@ class Star:
             signed, own, bound = len(self.identities), self.me in roll, self._bound(roll)
             context = self.job.context(self.session, self.task, attempt, tuple(roll), bound, signed, own)
             for name in roll:
-                self._turn(name, "add", attempt, bound, roll)
+                self._turn(name, "add", attempt, bound, roll, more=not attempt)  # all keys follow at once
             try:
                 given = None if attempt else self.offers  # of a later attempt they come now
                 done = aggregate(
@@ -319,11 +319,13 @@ class Star:
                 self._leave(name, error)
         return told
 
-    def _turn(self, name: str, what: str, attempt: int = 0, bound: float = 1.0, roll: Sequence[str] = ()) -> None:
+    def _turn(
+        self, name: str, what: str, attempt: int = 0, bound: float = 1.0, roll: Sequence[str] = (), more: bool = False
+    ) -> None:
         """Tell a client how it goes on; who is gone shows when its answer is read."""
         names = np.frombuffer(msgspec.json.encode(roll), np.uint8)
         with suppress(PeerLost, PeerAborted):
-            self.channels[name].send(Turn(self.task.number, attempt, names, what, bound))
+            self.channels[name].send(Turn(self.task.number, attempt, names, what, bound), more=more)
 
     def _gather(self, names: Sequence[str], expected: type[S], until: float) -> Iterator[tuple[str, S]]:
         """Each client's message, while it comes before the common deadline; the others are out of the sum. In the order

@@ -1,4 +1,4 @@
-"""One peer as the two threads see it: the role's, which sends, receives and waits, and the post's, which judges."""
+"""One peer: what the role sends to it and receives from it, and how whoever serves the sockets judges it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Link:
         finally:
             self.awaited = None
 
-    # ---- for the post, which holds the lock
+    # ---- for whoever serves the sockets, with the lock
 
     @property
     def behind(self) -> int:

@@ -38,7 +38,7 @@ from vfl.horizontal.federated import (
 )
 from vfl.horizontal.local import Correction, Objective, Plan, Trained
 from vfl.horizontal.masking import Offer
-from vfl.horizontal.messages import KeyList, KeyOffer
+from vfl.horizontal.messages import KeyList, KeyOffer, SurvivorSignature
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.report import protection, training, training_rows
@@ -946,10 +946,11 @@ def test_a_client_that_calls_its_numbers_fine_and_sends_nan_is_named_and_left_ou
         lambda occasion, keys: Keys.offer(occasion, KEYS["c2"]).shown,
         lambda occasion, keys: Keys.offer(bytes(32), KEYS["c1"]).shown,
         lambda occasion, keys: replace(keys.shown, mask=bytes(32)),
-        lambda occasion, keys: weak(occasion, keys.shown),
+        lambda occasion, keys: with_sealing(bytes(32), occasion, keys.shown),
+        lambda occasion, keys: with_sealing(keys.shown.mask, occasion, keys.shown),
         lambda occasion, keys: Offer(b"", b"", b"", b""),
     ],
-    ids=["of another", "of another attempt", "altered", "of small order", "none"],
+    ids=["of another", "of another attempt", "altered", "of small order", "twice the same", "none"],
 )
 def test_a_client_whose_keys_come_forged_with_its_ready_is_named_and_left_out(
     forge: Callable[[bytes, Keys], Offer], monkeypatch: pytest.MonkeyPatch
@@ -973,10 +974,50 @@ def test_a_client_whose_keys_come_forged_with_its_ready_is_named_and_left_out(
     assert isinstance(table.outcomes["c1"], PeerAborted)
 
 
-def weak(occasion: bytes, shown: Offer) -> Offer:
-    """Keys of its own, one of which gives everybody the secret 0."""
-    body = bytes(32) + shown.mask + shown.commitment
-    return Offer(bytes(32), shown.mask, shown.commitment, KEYS["c1"].sign(masking.KEYS, occasion + body))
+def with_sealing(key: bytes, occasion: bytes, shown: Offer) -> Offer:
+    """Signed as it should be."""
+    body = key + shown.mask + shown.commitment
+    return Offer(key, shown.mask, shown.commitment, KEYS["c1"].sign(masking.KEYS, occasion + body))
+
+
+def test_a_survivor_whose_signature_is_late_is_told_that_its_numbers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others open the sum without it; it must neither take the next task for a fault nor forget the round."""
+    plain = Channel.send
+
+    def send(channel: Channel, message: Any, timeout: float | None = None, *, more: bool = False) -> None:
+        if isinstance(message, SurvivorSignature) and message.round == 2 and channel._our_id == PUBLIC["c1"].key_id:
+            time.sleep(0.8)
+        plain(channel, message, timeout, more=more)
+
+    def slow(weights: np.ndarray) -> np.ndarray:
+        time.sleep(0.2)
+        return weights + 1
+
+    monkeypatch.setattr(Channel, "send", send)
+    parts = {name: Toy(acts=dict.fromkeys(range(1, 9), slow)) for name in NAMES}
+    table = Table(own(rounds=8, clients=Clients(deadline=0.5)), parts)
+    outcome = table.run()
+    assert outcome.rounds[0].clients == NAMES and "c1" not in outcome.rounds[1].clients  # still late
+    assert outcome.rounds[-1].clients == NAMES and outcome.gone == ()
+    np.testing.assert_array_equal(table.outcomes["c1"].weights, outcome.weights)
+
+
+def test_who_broke_the_protocol_in_an_attempt_that_failed_has_no_place_in_the_next(tmp_path: Path) -> None:
+    """Not even over a new channel."""
+    x, y = cancer()
+    settings, parts = family("fedavg", rounds=4, clients=Clients(deadline=2.0)), dealt(x, y)
+
+    class Broken(Table):
+        def _count(self, sender: str, receiver: str, header: bytes, payload: bytes) -> tuple[bytes, bytes]:
+            number = self.sent[sender, receiver]
+            header, payload = super()._count(sender, receiver, header, payload)
+            broken = sender == "c1" and number == 8  # its shares of the first round
+            return header, payload[:-1] if broken else payload
+
+    table = Broken(settings, parts, dies={"c2": 8}, again={"c1": -1, "c2": -1}, **stored(tmp_path))
+    outcome = table.run()
+    assert outcome.gone == ("c1",) and all("c1" not in one.clients for one in outcome.rounds)
+    assert outcome.rounds[0].attempts == 2 and outcome.rounds[-1].clients == ("c0", "c2", "c3")
 
 
 def test_a_claimed_weight_below_zero_moves_nothing_under_a_robust_rule() -> None:

@@ -21,6 +21,7 @@ from parties.ledger import Ledger
 from parties.memory import MemoryLink, Tamper, links
 from parties.message import CLASSES, Array, decode, parse_header
 from tests.training import altering, sent, with_data, with_fields
+from vfl.horizontal.attempt import settle
 from vfl.horizontal.context import SIZE_LIMIT, Context, Quantisation
 from vfl.horizontal.masking import KEYS, mask_key, pairwise_masks, read_offer, rows_of, self_mask, table
 from vfl.horizontal.messages import (
@@ -35,7 +36,7 @@ from vfl.horizontal.messages import (
     SurvivorSignature,
     Unmasking,
 )
-from vfl.horizontal.secure_aggregation import Aggregate, Keys, Outcome, aggregate, contribute, settle
+from vfl.horizontal.secure_aggregation import Aggregate, Keys, Outcome, aggregate, contribute
 from vfl.horizontal.shamir import recover
 
 STEPS: list[type[Step]] = [KeyOffer, SealedShares, MaskedInput, SurvivorSignature, Unmasking]

@@ -236,7 +236,7 @@ class _End:
                 self.spending.charge(task.round)
             last = turn.attempt
             opened = self._send(task, turn, job.noised(message) if noisy else message, None if turn.attempt else keys)
-            kept = opened and job.settings.secure  # whose numbers the sum has it has signed: nobody need tell
+            kept = opened and job.settings.secure  # who has unmasked a sum need not be told
         if kept or turn.what == "kept":
             self.trainer.keep()
             self.counted = task.round if trains else self.counted
@@ -248,8 +248,8 @@ class _End:
         with blame(self.channel.peer):
             if level >= len(LEVELS) and turn.what != "left out":
                 raise ValueError(f"asked us to {turn.what!r} where our numbers are out of the sum")
-            if turn.what == "kept" and self.trainer.job.settings.secure:
-                raise ValueError("says that it has our numbers, of which we have opened no sum")
+            if turn.what == "kept" and self.trainer.job.settings.secure and self.signed != task.number:
+                raise ValueError("says that it has our numbers, and we have signed no sum of them")
             if turn.round != task.number or turn.attempt >= self.trainer.job.settings.clients.attempts:
                 raise ValueError("a turn of another sum, or one attempt too many")
             bounds = (self.trainer.job.noise_bound,) if self.trainer.job.settings.private else LEVELS

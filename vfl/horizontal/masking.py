@@ -7,7 +7,7 @@ Client u draws a mask key and a self mask b_u and sends
 s_uv the Diffie-Hellman secret of u's and v's mask keys (Bonawitz et al., Practical Secure Aggregation for
 Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the context through HKDF and is used
 for one stream or one ciphertext only, which is why nonces are zero. What a client offers is signed for the occasion
-(session, sum, attempt), since it may do so before it is known who takes part; who that is, everything after binds.
+(session, sum, what it asks, attempt), since it may do so before it is known who takes part; that, all after binds too.
 """
 
 from __future__ import annotations
@@ -139,11 +139,18 @@ def read_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes)
     return Offer(raw[:32], raw[32:64], raw[64:96], raw[96:])
 
 
-def check_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes) -> Offer:
-    """At the coordinator. Raises ValueError: as above, or a key of small order, with which every secret would be 0."""
+def check_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes, taken: set[bytes]) -> Offer:
+    """At the coordinator; `taken` are the keys offered so far, to which these are added.
+
+    Raises ValueError: as above, a key that is taken, or one of small order, with which every secret would be 0. Others
+    would blame the coordinator for these.
+    """
     offer = read_offer(occasion, name, identity, raw)
     for key in (offer.sealing, offer.mask):
+        if key in taken:
+            raise ValueError(f"{name} offers a key that it or another client has offered already")
         _PROBE.exchange(X25519PublicKey.from_public_bytes(key))
+        taken.add(key)
     return offer
 
 

@@ -6,7 +6,7 @@
     2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation
     3  C -> u   Turn "kept"                                  the sum has it; or "left out", or "add" for another attempt
 
-With secure aggregation there is no "kept": whose numbers the sum has, u has signed.
+With secure aggregation "kept" is only for who signed the sum too late to unmask it: the others know.
 
 A Task that asks for no sum: "score" is answered by Scores; "finish" by nothing.
 """

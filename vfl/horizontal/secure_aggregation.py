@@ -18,19 +18,18 @@ drops it unread and the client may be asked again. One that never sends it stays
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parties.channel import Channel
-from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, blame
+from parties.errors import ColonnadeError, blame
 from parties.identity import Identity, PublicIdentity
 from parties.message import Array
+from vfl.horizontal.attempt import Attempt, Owed, receive_step, step_of
 from vfl.horizontal.context import Context
 from vfl.horizontal.masking import (
     Offer,
@@ -63,15 +62,7 @@ from vfl.horizontal.messages import (
     Unmasking,
 )
 
-S = TypeVar("S", bound=Step)
 T = TypeVar("T")
-Owed = dict[str, type[Step]]
-_ANSWERS: dict[type[Step], type[Step]] = {
-    KeyOffer: KeyList,
-    SealedShares: ShareList,
-    MaskedInput: Survivors,
-    SurvivorSignature: SignatureList,
-}
 
 
 @dataclass(frozen=True)
@@ -81,6 +72,16 @@ class Outcome:
 
     survivors: tuple[str, ...]
     unopened: tuple[str, ...] = ()
+
+
+@dataclass
+class Course:
+    """How an attempt went for the coordinator, also if it failed: who is out, and why; whether clients may have opened
+    the sum; and which survivors signed and have not heard that they may."""
+
+    lost: dict[str, ColonnadeError] = field(default_factory=dict)
+    shown: bool = False
+    unheard: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ def contribute(
         colludes with at most k/2 neighbours of each: a client sees the signatures of its neighbours only.
         To the other clients: who takes part and who survives.
     Raises:
-        LocalError: a value that is not finite or beyond the agreed bound; nothing is sent.
+        LocalError: a value that is not finite or beyond the agreed bound; nothing more is sent.
         ProtocolViolation: the coordinator repeats an attempt, forges or swaps keys or signatures, or shows us
         survivors that are too few, without us, or not those that the others signed; nothing is unmasked.
         PeerLost, PeerAborted: the coordinator is gone.
@@ -148,7 +149,7 @@ def contribute(
 
         if keys is None:
             keys = Keys.offer(context.occasion, me, seed)
-            channel.send(_step(KeyOffer, context, np.frombuffer(keys.shown.raw, np.uint8)))
+            channel.send(step_of(KeyOffer, context, np.frombuffer(keys.shown.raw, np.uint8)))
         elif keys.occasion != context.occasion:
             raise ValueError("asks for a sum of another occasion than that for which we have offered keys")
         own, drawn = keys.shown, keys.drawn
@@ -165,7 +166,7 @@ def contribute(
 
         shares, agreed = make_shares(context, us, drawn), agree(context, us, drawn, offers)
         sealed = {j: seal(agreed[j][0], shares[j]) for j in offers}
-        channel.send(_step(SealedShares, context, table(near, sealed, SealedShares.width)))
+        channel.send(step_of(SealedShares, context, table(near, sealed, SealedShares.width)))
         if (data := _answer(channel, ShareList, context, timeout)) is None:
             return Outcome(())
         rows = {j: raw for j, raw in rows_of(near, data).items() if j != us}
@@ -177,14 +178,14 @@ def contribute(
 
         words = words + self_mask(context, us, drawn.self_seed, len(words))
         words += pairwise_masks(context, us, drawn.mask, dealt, len(words))
-        channel.send(_step(MaskedInput, context, words))
+        channel.send(step_of(MaskedInput, context, words))
         if (flags := _answer(channel, Survivors, context, timeout)) is None:
             return Outcome(())
         survivors = _check_flags(context, us, flags, held)
 
         before_signing()
         signature = sign_survivors(context, us, me, flags)
-        channel.send(_step(SurvivorSignature, context, np.frombuffer(signature, np.uint8)))
+        channel.send(step_of(SurvivorSignature, context, np.frombuffer(signature, np.uint8)))
         if (data := _answer(channel, SignatureList, context, timeout)) is None:
             return Outcome(())
         signatures = _enough(context, rows_of(near, data) | {us: signature}, "signatures")
@@ -192,27 +193,15 @@ def contribute(
             check_survivors(context, j, identities[names[j]], flags, signatures[j])
 
     opened = {j: pair[32:] if flags[j] else pair[:32] for j, pair in held.items() if pair is not None}
-    channel.send(_step(Unmasking, context, table(near, opened, Unmasking.width)))
+    channel.send(step_of(Unmasking, context, table(near, opened, Unmasking.width)))
     unopened = tuple(names[j] for j, pair in held.items() if pair is None)
     return Outcome(tuple(names[j] for j in survivors), unopened)
 
 
-def _step(step: type[S], context: Context, data: Array) -> S:
-    return step(context.round, context.attempt, data)
-
-
 def _answer(channel: Channel, expected: type[Step], context: Context, timeout: float | None) -> Array | None:
     """What the coordinator answers to our step; None when the attempt ends here for us."""
-    data = _receive(channel, expected, context, timeout)
+    data = receive_step(channel, expected, context, timeout)
     return data if len(data) else None
-
-
-def _receive(channel: Channel, expected: type[Step], context: Context, timeout: float | None) -> Array:
-    """Raises ValueError: of another attempt."""
-    message = channel.receive(expected, timeout)
-    if (message.round, message.attempt) != (context.round, context.attempt):
-        raise ValueError(f"{expected.__name__} of another attempt")
-    return message.data
 
 
 def _enough(context: Context, rows: Mapping[int, T], what: str) -> dict[int, T]:
@@ -242,15 +231,15 @@ def aggregate(
     size: int,
     owed: Owed,
     seconds: float = 60.0,
-    shown: set[bytes] | None = None,
+    course: Course | None = None,
     offers: Mapping[str, Offer] | None = None,
 ) -> Aggregate:
     """At the coordinator: the sum of the values (size,) of the clients that stay.
 
     owed: what late clients of earlier attempts still owe; those of this one are entered. Nobody in it may take part.
-    seconds: the deadline of each of the five steps, for all clients together. shown: to be given the context's digest
-    once clients may open the sum: whoever has done so opens no other of that round. offers: of all who take part, when
-    they have come before and are checked; None: they come now.
+    seconds: the deadline of each of the five steps, for all clients together. course: to be told how it goes: once
+    clients may have opened the sum, they open no other of that round. offers: of all who take part, when they have come
+    before and are checked; None: they come now.
 
     Reveals:
         To us: the sum over the survivors, who they are, and which clients dropped out at which step.
@@ -260,18 +249,19 @@ def aggregate(
         ProtocolViolation: a client's shares do not open its masks.
     """
     n, near = len(context.names), [context.neighbourhood(client) for client in range(len(context.names))]
-    roll = _Roll(channels, context, owed, seconds)
+    course, taken = course or Course(), set[bytes]()
+    attempt = Attempt(channels, context, owed, seconds, course.lost)
 
     def offered(client: int, data: Array) -> Offer:
         name = context.names[client]
-        return check_offer(context.occasion, name, identities[name], data.tobytes())
+        return check_offer(context.occasion, name, identities[name], data.tobytes(), taken)
 
     if offers is None:
-        known = roll.gather(KeyOffer, offered)
+        known = attempt.gather(KeyOffer, offered)
     else:
         known = {client: offers[name] for client, name in enumerate(context.names)}
     raw = {client: offer.raw for client, offer in known.items()}
-    roll.tell(KeyList, lambda u: table(near[u], raw, KeyList.width))
+    attempt.tell(KeyList, lambda u: table(near[u], raw, KeyList.width))
 
     def dealt(client: int, data: Array) -> dict[int, bytes]:
         rows = rows_of(near[client], data)
@@ -279,8 +269,8 @@ def aggregate(
             raise ValueError("shares for others than those whose keys it has")
         return rows
 
-    sealed = roll.gather(SealedShares, dealt)
-    roll.tell(
+    sealed = attempt.gather(SealedShares, dealt)
+    attempt.tell(
         ShareList,
         lambda u: table(near[u], {j: sealed[j][u] for j in near[u] if u in sealed.get(j, ())}, ShareList.width),
     )
@@ -290,105 +280,21 @@ def aggregate(
             raise ValueError(f"{len(data)} values where {size} are due")
         return data
 
-    masked = roll.gather(MaskedInput, sized)
+    masked = attempt.gather(MaskedInput, sized)
     if not context.connected(masked):
-        roll.stop(MaskedInput)
+        attempt.stop(MaskedInput)
     flags = np.array([client in masked for client in range(n)], np.uint8)
-    roll.tell(Survivors, lambda u: flags)
+    attempt.tell(Survivors, lambda u: flags)
 
     def signed(client: int, data: Array) -> bytes:
         check_survivors(context, client, identities[context.names[client]], flags, data.tobytes())
         return data.tobytes()
 
-    signatures = roll.gather(SurvivorSignature, signed)
-    if shown is not None:
-        shown.add(context.digest)
-    roll.tell(SignatureList, lambda u: table(near[u], signatures, SignatureList.width))
+    signatures = attempt.gather(SurvivorSignature, signed)
+    course.shown = True
+    attempt.tell(SignatureList, lambda u: table(near[u], signatures, SignatureList.width))
+    course.unheard = tuple(context.names[j] for j in masked if context.names[j] in course.lost)
 
-    replies = roll.gather(Unmasking, lambda client, data: rows_of(near[client], data))
+    replies = attempt.gather(Unmasking, lambda client, data: rows_of(near[client], data))
     total = open_sum(context, masked, {client: known[client] for client in sealed}, replies)
-    return Aggregate(context.quantisation.restore(total), tuple(context.names[j] for j in sorted(masked)), roll.lost)
-
-
-def settle(channels: Mapping[str, Channel], owed: Owed) -> dict[str, ColonnadeError]:
-    """At the coordinator, before it chooses whom to ask: whose late message has come by now owes nothing any more. Who
-    stopped or sent something else instead is returned with the reason.
-
-    Reveals:
-        To nobody anything; nothing is sent.
-    """
-    left: dict[str, ColonnadeError] = {}
-    for name, late in list(owed.items()):
-        try:
-            channels[name].receive(late, 0.0)
-        except PeerLost:
-            continue
-        except (PeerAborted, ProtocolViolation) as error:
-            left[name] = error
-        del owed[name]
-    return left
-
-
-class _Roll:
-    """The clients that are still in the attempt, and why the others are not."""
-
-    def __init__(self, channels: Mapping[str, Channel], context: Context, owed: Owed, seconds: float) -> None:
-        if late := owed.keys() & set(context.names):
-            raise ValueError(f"{', '.join(sorted(late))} still owe a message; settle first, and leave them out")
-        self.lost: dict[str, ColonnadeError] = {}
-        self._live = {client: channels[name] for client, name in enumerate(context.names)}
-        self._context, self._owed, self._seconds = context, owed, seconds
-
-    def gather(self, expected: type[Step], check: Callable[[int, Array], T]) -> dict[int, T]:
-        """What `check(client, data)` makes of each client's message; who sends none in time, or a bad one, is out."""
-        deadline = time.monotonic() + self._seconds
-        found = {}
-        for client, channel in list(self._live.items()):
-            try:
-                with blame(channel.peer):
-                    data = _receive(channel, expected, self._context, max(0.0, deadline - time.monotonic()))
-                    found[client] = check(client, data)
-            except PeerLost as error:
-                self._drop(client, error, expected)
-                self._leave_out(channel, expected)
-            except PeerAborted as error:
-                self._drop(client, error)
-            except ProtocolViolation as error:
-                self._drop(client, error)
-                channel.abort(error.kind)
-        if len(found) < self._context.threshold:
-            self.stop(expected)
-        return found
-
-    def tell(self, step: type[Step], data: Callable[[int], Array]) -> None:
-        """One message to every client that is left."""
-        for client, channel in list(self._live.items()):
-            try:
-                channel.send(_step(step, self._context, data(client)), self._seconds)
-            except (PeerLost, PeerAborted) as error:
-                self._drop(client, error)
-
-    def _drop(self, client: int, error: ColonnadeError, owes: type[Step] | None = None) -> None:
-        name = self._context.names[client]
-        del self._live[client]
-        self.lost[name] = error
-        if owes is not None:
-            self._owed[name] = owes
-
-    def _leave_out(self, channel: Channel, step: type[Step]) -> None:
-        """Tell a client that will wait for the answer to `step` that there is none."""
-        if answer := _ANSWERS.get(step):
-            nothing = np.empty((0, answer.width) if answer.ndim == 2 else 0, np.uint8)
-            with suppress(PeerLost, PeerAborted):
-                channel.send(_step(answer, self._context, nothing), 0.0)
-
-    def stop(self, step: type[Step]) -> NoReturn:
-        for channel in self._live.values():
-            self._leave_out(channel, step)
-        missing = ", ".join(f"{name} ({error.kind})" for name, error in self.lost.items())
-        context = self._context
-        raise PeerLost(
-            f"round {context.round}, attempt {context.attempt}: {len(self._live)} of {len(context.names)} clients are "
-            f"left at {step.__name__}, {context.threshold} are needed, within reach of each other; "
-            f"missing: {missing}; nothing was opened"
-        )
+    return Aggregate(context.quantisation.restore(total), tuple(context.names[j] for j in sorted(masked)), course.lost)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from parties.channel import Channel
 from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolation, Refused, blame
 from parties.identity import PublicIdentity
+from vfl.horizontal.attempt import Owed, settle
 from vfl.horizontal.client import Admitted
 from vfl.horizontal.compression import compressor
 from vfl.horizontal.context import occasion
@@ -36,7 +37,7 @@ from vfl.horizontal.round_messages import (
     Update,
 )
 from vfl.horizontal.rounds import Collected, combine, diverged
-from vfl.horizontal.secure_aggregation import Owed, aggregate, settle
+from vfl.horizontal.secure_aggregation import Course, aggregate
 from vfl.horizontal.settings import TAIL, Job, Schema
 
 S = TypeVar("S", bound=Step)
@@ -64,7 +65,10 @@ class Star:
     task: Task = field(default_factory=lambda: Task(0, 0, "rows", 1, 0, np.empty(0)))
     asked: Sequence[str] = ()
     codes: dict[str, int] = field(default_factory=dict)  # what each one's Ready said
-    offers: dict[str, Offer] = field(default_factory=dict)  # and its keys for the first attempt
+    offers: dict[str, Offer] = field(default_factory=dict)  # and its keys for the first attempt, at this occasion
+    occasion: bytes = b""
+    taken: set[bytes] = field(default_factory=set)  # keys that somebody offered
+    unheard: Sequence[str] = ()  # survivors that have not heard that the sum is opened
     waiting: list[str] = field(default_factory=list)  # for their turn
     missing: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -82,7 +86,10 @@ class Star:
         self.task, self.asked, self.needed = task, names, self.job.needed(task.stage, len(self.identities))
         if task.stage == "train" and settings.clients.rate < 1 and any(map(self._free, self.channels)):
             self.needed = 0  # that nobody was drawn, or came of those, is as good: the sum's divisor is fixed
-        self.codes, self.offers, self.waiting, self.missing, self.seconds = {}, {}, [], {}, {}
+        self.codes, self.waiting, self.missing, self.seconds, self.unheard = {}, [], {}, {}, ()
+        if settings.secure:
+            self.occasion = occasion(self.session, task.number, 0, self.job.subject(task))
+            self.offers, self.taken = {}, set()
         self._settle(names, began + settings.clients.deadline)
         self._enough(self._present(names))
         until = time.monotonic() + settings.clients.deadline
@@ -105,7 +112,7 @@ class Star:
         for name in self.waiting:
             if name not in collected.survivors:
                 self._turn(name, "left out")
-            elif not self.job.settings.secure:  # else it knows
+            elif not self.job.settings.secure or name in self.unheard:  # who has unmasked the sum knows
                 self._turn(name, "kept")
         self.waiting = []
 
@@ -143,8 +150,10 @@ class Star:
             self.missing[name] = REASONS[code]
             self._turn(name, "left out")
         elif self.job.settings.secure:
-            bound = occasion(self.session, self.task.number, 0, self.job.subject(self.task))
-            self.offers[name] = check_offer(bound, name, self.identities[name], ready.data[1:].tobytes())
+            keys, identity = ready.data[1:].tobytes(), self.identities[name]
+            self.offers[name] = check_offer(self.occasion, name, identity, keys, self.taken)
+        elif len(ready.data) > 1:
+            raise ValueError("keys for a sum in clear")
         self.codes[name] = code
 
     def _settle(self, names: Sequence[str], until: float) -> None:
@@ -274,37 +283,42 @@ class Star:
     def _add_masked(self, until: float) -> tuple[NDArray[np.float64], tuple[str, ...], int]:
         """The sum, over whom, and at which attempt."""
         clients, length = self.job.settings.clients, self.job.length(self.task.stage, self.task.round)
-        shown: set[bytes] = set()
         for attempt in range(clients.attempts):
             roll = self._roll(until)
             signed, own, bound = len(self.identities), self.me in roll, self._bound(roll)
             context = self.job.context(self.session, self.task, attempt, tuple(roll), bound, signed, own)
             for name in roll:
                 self._turn(name, "add", attempt, bound, roll, more=not attempt)  # all keys follow at once
+            course, offers = Course(), None if attempt else self.offers  # of a later attempt they come now
             try:
-                given = None if attempt else self.offers  # of a later attempt they come now
                 done = aggregate(
-                    self.channels, self.identities, context, length, self.owed, clients.deadline, shown, given
+                    self.channels, self.identities, context, length, self.owed, clients.deadline, course, offers
                 )
             except (PeerLost, ProtocolViolation) as error:
+                self._lose(course.lost)
                 self.missing |= {error.peer: str(error)} if error.peer else {}
                 if isinstance(error, ProtocolViolation) and error.peer:
                     self._leave(error.peer, error)
-                if context.digest in shown:
+                if course.shown:
                     raise PeerLost(
                         f"round {self.task.round}: {error}; who has opened this sum opens no second one of the round: "
                         "run again with --resume"
                     ) from None
                 last, until = error, time.monotonic() + clients.deadline
                 continue
-            for name, lost in done.lost.items():
-                self.missing[name] = str(lost)
-                if not isinstance(lost, PeerLost):
-                    self.gone[name] = str(lost)
-                if isinstance(lost, ProtocolViolation):
-                    self.barred.add(name)
+            self._lose(course.lost)
+            self.unheard = course.unheard
             return done.total, done.survivors, attempt
         raise PeerLost(f"round {self.task.round}: {clients.attempts} attempts failed, the last one so: {last}")
+
+    def _lose(self, lost: Mapping[str, ColonnadeError]) -> None:
+        """Whom an attempt was made without."""
+        for name, error in lost.items():
+            self.missing[name] = str(error)
+            if not isinstance(error, PeerLost):
+                self.gone[name] = str(error)
+            if isinstance(error, ProtocolViolation):
+                self.barred.add(name)
 
     # ---- talking
 

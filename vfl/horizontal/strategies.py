@@ -315,7 +315,7 @@ def client_round(
 
     received: the server's vectors, over the coordinates that travel; own (size,): the client's weights, of which those
     not shared count; fit: the local solver, from start weights (size,) and the correction.
-    The next state counts once the server has said that its sum contains this message; otherwise the old one stays.
+    The next state counts once it is known that the server's sum contains this message; otherwise the old one stays.
     """
     travels = part.travels
     start = np.where(part.shared, 0.0, own)

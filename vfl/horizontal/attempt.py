@@ -40,12 +40,11 @@ def step_of(step: type[S], context: Context, data: Array) -> S:
     return step(context.round, context.attempt, data)
 
 
-def receive_step(channel: Channel, expected: type[Step], context: Context, timeout: float | None) -> Array:
+def data_of(step: Step, context: Context) -> Array:
     """Raises ValueError: of another attempt."""
-    message = channel.receive(expected, timeout)
-    if (message.round, message.attempt) != (context.round, context.attempt):
-        raise ValueError(f"{expected.__name__} of another attempt")
-    return message.data
+    if (step.round, step.attempt) != (context.round, context.attempt):
+        raise ValueError(f"{type(step).__name__} of another attempt")
+    return step.data
 
 
 def settle(channels: Mapping[str, Channel], owed: Owed) -> dict[str, ColonnadeError]:
@@ -91,8 +90,8 @@ class Attempt:
         for client, channel in list(self._live.items()):
             try:
                 with blame(channel.peer):
-                    data = receive_step(channel, expected, self._context, max(0.0, deadline - time.monotonic()))
-                    found[client] = check(client, data)
+                    step = channel.receive(expected, max(0.0, deadline - time.monotonic()))
+                    found[client] = check(client, data_of(step, self._context))
             except PeerLost as error:
                 self._drop(client, error, expected)
                 self._leave_out(channel, expected)

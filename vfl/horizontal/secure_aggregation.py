@@ -29,7 +29,7 @@ from parties.channel import Channel
 from parties.errors import ColonnadeError, blame
 from parties.identity import Identity, PublicIdentity
 from parties.message import Array
-from vfl.horizontal.attempt import Attempt, Owed, receive_step, step_of
+from vfl.horizontal.attempt import Attempt, Owed, data_of, step_of
 from vfl.horizontal.context import Context
 from vfl.horizontal.masking import (
     Offer,
@@ -200,7 +200,7 @@ def contribute(
 
 def _answer(channel: Channel, expected: type[Step], context: Context, timeout: float | None) -> Array | None:
     """What the coordinator answers to our step; None when the attempt ends here for us."""
-    data = receive_step(channel, expected, context, timeout)
+    data = data_of(channel.receive(expected, timeout), context)
     return data if len(data) else None
 
 

@@ -89,6 +89,11 @@ class Delivery:
         return self._flown >= min(FLIGHT, len(self._out)) or not self.target
 
     @property
+    def under_way(self) -> bool:
+        """Whether part of a message has yet to come, or to go once the peer has acknowledged more."""
+        return self._left >= 0 or self._flown < len(self._out)
+
+    @property
     def settled(self) -> bool:
         """Whether the peer has received everything."""
         return not self._out
@@ -134,7 +139,7 @@ class Delivery:
 
     # ---- what we receive
 
-    def strange(self, frame: bytes) -> tuple[int, int] | None:
+    def strange(self, frame: bytes | memoryview) -> tuple[int, int] | None:
         """Source and target of a frame that is of another process of this peer than the one we know; else None."""
         if len(frame) < FIXED.size or not self.target:
             return None
@@ -146,7 +151,7 @@ class Delivery:
         self.consumed += 1
         return self.inbox.popleft()
 
-    def accept(self, frame: bytes) -> bool:
+    def accept(self, frame: bytes | memoryview) -> bool:
         """Book one frame; False when it is meant for an earlier run of ours. Raises ProtocolViolation or PeerLost."""
         if len(frame) < FIXED.size:
             raise self._violation("a frame of the wrong form")
@@ -181,7 +186,7 @@ class Delivery:
         elif number > self.received + FLIGHT:
             raise self._violation("more than the window allows")
         elif number == self.received + 1:
-            self._book(kind, length, frame[FIXED.size : begins], memoryview(frame)[begins:])
+            self._book(kind, length, bytes(frame[FIXED.size : begins]), memoryview(frame)[begins:])
             self.received = number
         return True
 

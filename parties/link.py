@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import zmq
 
 from parties.curve import Socket
 from parties.delivery import Delivery
@@ -65,16 +68,17 @@ class Link:
     def send(self, header: bytes, payload: bytes | memoryview, timeout: float, more: bool = False) -> None:
         """Send a message, or queue it; waits while the peer has 16 unconsumed ones. more: another one follows at once,
         and they may leave together."""
-        with self._post.lock:
+        with self._post.interrupts, self._post.lock:
             self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
             self.books.push(header, payload)
             if not more:
                 self.touched = True
                 self._post.turn()
+                self._post.leave()
 
     def last(self, header: bytes, payload: bytes | memoryview) -> None:
         """Send or queue the last message, if the peer can still be told; never waits: the peer has room for it."""
-        with self._post.lock:
+        with self._post.interrupts, self._post.lock:
             if self._post.closing is None and not self.mute and not self.books.closed and self.books.last_room:
                 self.books.push(header, payload)
                 self.touched = True
@@ -82,17 +86,18 @@ class Link:
 
     def receive(self, timeout: float) -> tuple[bytes, bytes]:
         """The next header and payload. What a peer sent before it left is still delivered."""
-        with self._post.lock:
+        with self._post.interrupts, self._post.lock:
             self._wait(lambda: bool(self.books.inbox), timeout, "sent nothing")
             message = self.books.take()
             if self.behind >= BEHIND:
                 self.touched = True
                 self._post.turn()
+            self._post.leave()
         return message
 
     def ready(self, timeout: float) -> None:
         """Wait until the peer is there."""
-        with self._post.lock:
+        with self._post.interrupts, self._post.lock:
             self._wait(lambda: bool(self.books.target), timeout, "did not come")
 
     def _wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
@@ -152,7 +157,7 @@ class Link:
         if self.came is None:
             self.came = self.heard = now
 
-    def accept(self, frame: bytes, now: float) -> None:
+    def accept(self, frame: bytes | memoryview, now: float) -> None:
         """One frame of this peer's."""
         before = self.books.acked, self.books.progress
         if not self.books.accept(frame):
@@ -166,6 +171,44 @@ class Link:
             self.acknowledged, self.resend = now, RESEND
         if self.books.progress != before[1]:
             self.progressed = now
+
+    def deliver(self, now: float, look: bool) -> bool:
+        """Send what is due, and at least a beat when the peer waits for our counts or has not heard us lately; whether
+        anything went. What we send tells the counts too: an answer that comes soon saves the beat."""
+        books, sent = self.books, False
+        if books.waiting and now - self.acknowledged > self.resend:
+            books.rewind()
+            self.acknowledged, self.resend = now, min(2 * self.resend, 10 * RESEND)
+        self.touched = False
+        while frame := books.due(self._post.progress):
+            if not books.waiting:
+                self.acknowledged = now
+            if not self.put(frame, now):
+                self.touched = True
+                break
+            sent = True
+            books.gone()
+        urgent = look or books.closed or self._post.closing is not None or self.behind >= BEHIND
+        if (urgent and self.behind) or now >= self.next_beat:
+            sent |= self.put(books.beat(self._post.progress), now)
+        return sent
+
+    def put(self, frame: bytes, now: float) -> bool:
+        """Hand one frame to the socket; whether it took it."""
+        if self.route is None or self.socket is None or self.mute:
+            return False
+        try:
+            self.socket.send_multipart([*self.route, frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            self.route = None
+            return False
+        self.told = (self.books.received, self.books.consumed)
+        self.next_beat = now + min(2.0, self._post.patience.silence / 4)
+        return True
 
     def forgive(self, slept: float) -> None:
         """We were stopped or starved ourselves: that is no peer's silence."""

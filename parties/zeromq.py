@@ -12,7 +12,6 @@ A role must not hold Python's interpreter lock for longer than `Patience.silence
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import threading
 import time
@@ -27,7 +26,8 @@ from parties.delivery import FRAME_LIMIT, no_room
 from parties.descriptors import Descriptors
 from parties.errors import ColonnadeError, LocalError, PeerLost, ProtocolViolation, Refused
 from parties.identity import Identity
-from parties.link import BEHIND, LOOK, RESEND, Link, Patience, Peer
+from parties.interrupts import Interrupts
+from parties.link import LOOK, Link, Patience, Peer
 
 __all__ = ["Link", "Patience", "Peer", "Post"]
 
@@ -36,6 +36,7 @@ _LOG = logging.getLogger("colonnade")
 _LINGER = 200  # milliseconds for the last acknowledgement to leave the machine
 _PAUSE = 0.05  # seconds to read on before that: who leaves with data unread resets the connection, and the last is lost
 _THREADS = 63  # I/O threads that ZMQ_AFFINITY, a signed number here, can tell apart
+_COPIED = 64 << 10  # bytes up to which a frame is copied: to free larger ones in our thread costs page faults
 _ALIVE = 1.0  # seconds after which a frame of a process was not under way when another one of the same peer knocked
 _BURST = 64  # frames taken from one socket before the others have their turn; and turns without a break
 
@@ -65,13 +66,12 @@ class Post:
         self.endpoint: str | None = None
         self._log, self._takes_back = log, takes_back
         self._back: dict[str, Link] = {}
-        self._progress = 1
+        self.progress = 1
         self.closing: float | None = None
         self._failed_handshakes = 0
         self._waiting = 0  # threads of the role that wait for the sockets
         self._left = 0.0  # when the last of them stopped to
         self._turned, self._next_look = time.monotonic(), 0.0
-        self._sent = False  # since the sockets were last looked at
         self._over = False  # the sockets are gone
         self._data: list[tuple[curve.Socket, Link | None]] = []  # those that carry frames: our router, links' dealers
         self._links = {peer.name: Link(self, peer, frame_limit) for peer in peers}
@@ -88,6 +88,7 @@ class Post:
             threads = min(1 + len(dealers), _THREADS)
             self._context: zmq.Context[curve.Socket] = zmq.Context(threads)  # our own: its one ZAP handler is ours
             self._descriptors = Descriptors()
+            self.interrupts = Interrupts(self._descriptors.ring)
             self._gate = curve.Gate(self._context, (link.peer.public.curve for link in coming), self._say)
             self._thread = threading.Thread(target=self._run, name=f"post of {me.name}", daemon=True)
             try:
@@ -146,7 +147,7 @@ class Post:
 
     def tick(self) -> None:
         """The working loop is alive. Cheap: call it in every step that may take seconds."""
-        self._progress += 1
+        self.progress += 1
 
     def serve(self, seconds: float) -> None:
         """With the lock, which is released meanwhile: wait for the sockets instead of the post, and serve them."""
@@ -157,14 +158,21 @@ class Post:
         finally:
             self.lock.acquire()
             self._waiting -= 1
+        self.interrupts.check()
         self._left = time.monotonic()
         if not ready:  # judge before the role's own patience ends: it says more
             self._next_look = 0.0
         self.turn(ready)
 
+    def leave(self) -> None:
+        """With the lock: the role goes back to work. Where a large message is under way the post takes over at once."""
+        if any(link.books.under_way for link in self._links.values()):
+            self._left = 0.0
+            self._descriptors.ring()
+
     def close(self) -> None:
         """Send what is left, say goodbye, release everything."""
-        with self.lock:
+        with self.interrupts, self.lock:
             if self.closing is None:
                 self.closing = time.monotonic()
                 for link in self._links.values():
@@ -173,6 +181,7 @@ class Post:
         self._descriptors.ring()
         while self._thread.is_alive():
             self._thread.join(LOOK)
+        self.interrupts.close()
 
     def __enter__(self) -> Post:
         return self
@@ -190,12 +199,15 @@ class Post:
                 relieved = self._relieved
                 ready = self._descriptors.wait(LOOK, bell_only=relieved)
                 with self.lock:
-                    if ready if relieved else not self._relieved:
+                    if (ready and not self._waiting) or not self._relieved:
                         self.turn(ready)
+            problem = "the transport is closed"
+        except BaseException as bug:
+            problem = self._report(bug)
         finally:
             try:
                 with self.lock:
-                    self._end("the transport is closed")
+                    self._end(problem)
             finally:
                 if any(link.route is not None for link in self._links.values()):
                     time.sleep(_PAUSE)
@@ -209,6 +221,7 @@ class Post:
     def _release(self, linger: int) -> None:
         self._context.destroy(linger)
         self._descriptors.close()
+        self.interrupts.close()
 
     def _finished(self) -> bool:
         """When closing: whether nobody is left who could still acknowledge."""
@@ -234,9 +247,12 @@ class Post:
         try:
             self._turn(ready)
         except Exception as bug:
-            problem = f"the transport stopped on an internal error ({type(bug).__name__}); please report it"
-            self._say(problem)
-            self._end(problem)
+            self._end(self._report(bug))
+
+    def _report(self, bug: BaseException) -> str:
+        problem = f"the transport stopped on an internal error ({type(bug).__name__}); please report it"
+        self._say(problem)
+        return problem
 
     def _turn(self, ready: Iterable[int]) -> None:
         now = time.monotonic()
@@ -249,16 +265,17 @@ class Post:
                 link.forgive(slept)
         self._descriptors.act(None if look else ready)
         for _ in range(_BURST):
-            self._sent = False
-            empty = [self._collect(socket, link) for socket, link in self._data]
+            empty, sent = True, False
+            for socket, reader in self._data:
+                empty &= self._collect(socket, reader)
             now = time.monotonic()
             for link in self._links.values():
                 if look and link.failure is None and not link.books.closed:
                     self._fail(link, link.judge(now, self.patience, self._strangers()))
                 if look or link.touched:
-                    self._deliver(link, now, look)
+                    sent |= link.deliver(now, look)
             look = False
-            if not self._sent and all(empty):  # what we send may take away the sign that something came
+            if empty and not sent:  # what we send may take away the sign that something came
                 return
         self._descriptors.ring()
 
@@ -307,7 +324,8 @@ class Post:
             if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return True
             route = None if link else socket.recv(zmq.NOBLOCK, copy=False)
-            frame = socket.recv(zmq.NOBLOCK)
+            received = socket.recv(zmq.NOBLOCK, copy=False)
+            frame = received.buffer if len(received) > _COPIED else received.bytes
             while socket.getsockopt(zmq.RCVMORE):  # no frame of ours has parts
                 frame = socket.recv(zmq.NOBLOCK)[:0]
             sender = link if route is None else self._sender(route, frame)
@@ -321,7 +339,7 @@ class Post:
                     self._fail(sender, ProtocolViolation(text, peer=sender.name))
         return False
 
-    def _sender(self, first: zmq.Frame, frame: bytes) -> Link | None:
+    def _sender(self, first: zmq.Frame, frame: bytes | memoryview) -> Link | None:
         """Whose frame this is, by the key of the connection; its newest connection is the way back. `first` is what the
         router puts before it."""
         route = first.bytes
@@ -346,7 +364,7 @@ class Post:
         if target or isinstance(link.failure, ProtocolViolation) or self.closing is not None:
             return None  # it spoke to a process that has lost its place, or to an earlier run of ours; or is not wanted
         if link.route is not None:
-            self._put(link, link.books.beat(self._progress), now)  # shows whether the connection is still there
+            link.put(link.books.beat(self.progress), now)  # shows whether the connection is still there
         if link.route is None or link.failure is not None or link.books.closed:
             self._fail(link, PeerLost(f"{link.name} was started again", peer=link.name))
             fresh = Link(self, link.peer, link.books.limit)
@@ -362,39 +380,3 @@ class Post:
             with contextlib.suppress(zmq.ZMQError):
                 link.socket.send_multipart([route, no_room(source)], zmq.NOBLOCK)
         return None
-
-    def _deliver(self, link: Link, now: float, look: bool) -> None:
-        """Send what is due, and at least a beat when the peer waits for our counts or has not heard us lately. What we
-        send tells the counts too: an answer that comes soon saves the beat."""
-        books = link.books
-        if books.waiting and now - link.acknowledged > link.resend:
-            books.rewind()
-            link.acknowledged, link.resend = now, min(2 * link.resend, 10 * RESEND)
-        link.touched = False
-        while frame := books.due(self._progress):
-            if not books.waiting:
-                link.acknowledged = now
-            if not self._put(link, frame, now):
-                link.touched = True
-                break
-            books.gone()
-        urgent = look or books.closed or self.closing is not None or link.behind >= BEHIND
-        if (urgent and link.behind) or now >= link.next_beat:
-            self._put(link, books.beat(self._progress), now)
-
-    def _put(self, link: Link, frame: bytes, now: float) -> bool:
-        if link.route is None or link.socket is None or link.mute:
-            return False
-        try:
-            link.socket.send_multipart([*link.route, frame], zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != errno.EHOSTUNREACH:
-                raise
-            link.route = None
-            return False
-        self._sent = True
-        link.told = (link.books.received, link.books.consumed)
-        link.next_beat = now + min(2.0, self.patience.silence / 4)
-        return True

@@ -167,6 +167,36 @@ def test_a_ring_while_the_last_one_is_read_silences_none_that_follow() -> None:
     descriptors.close()
 
 
+def test_no_sign_of_a_frame_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both send, then receive: sending takes signs away, and who then waits would wait for the next look."""
+    plain, sizes, lost = Descriptors.wait, random.Random(0), list[bool]()
+
+    def wait(descriptors: Descriptors, seconds: float, *, bell_only: bool = False) -> list[int]:
+        ready = plain(descriptors, seconds, bell_only=bell_only)
+        post = next(one for one in (bank._post, grocer._post) if one._descriptors is descriptors)
+        if not ready and not bell_only:
+            with post.lock:
+                silent = not plain(descriptors, 0.0)
+                lost.extend(silent for socket, _ in post._data if int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return ready
+
+    def talk(link: Link, sent: list[int]) -> None:
+        for size in sent:
+            link.send(b"", bytes(size), SOON)
+            link.receive(SOON)
+
+    with pair() as (bank, grocer):
+        bank.ready(SOON)
+        grocer.ready(SOON)
+        monkeypatch.setattr(Descriptors, "wait", wait)
+        mixed = [sizes.choice([0, 10, 10_000, 300_000]) for _ in range(500)]
+        other = threading.Thread(target=talk, args=(grocer, mixed[::-1]))
+        other.start()
+        talk(bank, mixed)
+        other.join()
+    assert not any(lost)
+
+
 def test_a_message_above_the_limit_stays_here() -> None:
     with pair() as (bank, _):
         fails(LocalError, "split it", lambda: bank.send(b"", bytes((64 << 20) + 1), SOON))
@@ -687,6 +717,46 @@ def test_interrupting_a_wait(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         fails(PeerLost, "grocer closed", lambda: bank.link("grocer").receive(SOON))
         assert b"KeyboardInterrupt" in process.communicate(timeout=SOON)[1]
+
+
+@pytest.mark.parametrize("where", ["push", "gone", "accept", "take"])
+def test_an_interrupt_in_the_middle_of_a_message_tears_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, armed = getattr(Delivery, where), [True]
+
+    def interrupted(books: Delivery, *given: object) -> object:
+        result = plain(books, *given)
+        if books is bank.books and threading.current_thread() is threading.main_thread() and armed:
+            armed.clear()
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    with pair() as (bank, grocer):
+        bank.ready(SOON)
+        grocer.ready(SOON)
+        grocer.send(b"in", b"", SOON)
+        monkeypatch.setattr(Delivery, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bank.send(b"out", b"", SOON)
+            bank.receive(SOON)
+        bank.last(b"why", b"")
+        assert [grocer.receive(SOON)[0] for _ in range(2)] == [b"out", b"why"]
+        assert bank.failure is None and not armed
+
+
+def test_the_handlers_of_others_are_left_and_python_s_own_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    with pair():
+        assert signal.getsignal(signal.SIGINT) is not before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, ignored := lambda number, frame: None)
+    try:
+        with pair():
+            assert signal.getsignal(signal.SIGINT) is ignored
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- aborts

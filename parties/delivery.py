@@ -91,7 +91,7 @@ class Delivery:
     @property
     def under_way(self) -> bool:
         """Whether part of a message has yet to come, or to go once the peer has acknowledged more."""
-        return self._left >= 0 or self._flown < len(self._out)
+        return self._left >= 0 or FLIGHT <= self._flown < len(self._out)
 
     @property
     def settled(self) -> bool:

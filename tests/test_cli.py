@@ -19,7 +19,7 @@ import psutil
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from tests.world import build, colonnade, customers, edit, together
+from tests.world import Command, build, colonnade, customers, edit, together
 from vfl.linear import VerticalLogisticRegression
 
 
@@ -431,29 +431,21 @@ def test_an_interrupted_party_tells_the_others_and_seals_its_ledger(tmp_path, nu
     paths = build(
         tmp_path, customers(400), model="solver = 'sgd'\nepochs = 500\nmax_exchanges = 500\nallow_reconstruction = true"
     )
-    running = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "vfl", "run", str(path), "--events"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
-        )
-        for name, path in paths.items()
-    }
+    running = {name: Command("run", path, "--events", folder=tmp_path / name) for name, path in paths.items()}
     try:
-        while '"train"' not in running["bank"].stdout.readline():
+        while '"train"' not in running["bank"].output():
             assert running["bank"].poll() is None
+            time.sleep(0.01)
         running["bank"].send_signal(number)
-        errors = {name: process.communicate(timeout=40)[1] for name, process in running.items()}
+        codes = {name: process.wait(40) for name, process in running.items()}
+        errors = {name: process.errors() for name, process in running.items()}
     finally:
         for process in running.values():
             process.kill()
-            process.wait()
-    assert running["bank"].returncode == 130 and "interrupted" in errors["bank"]
+    assert codes["bank"] == 130 and "interrupted" in errors["bank"]
     assert "Traceback" not in "".join(errors.values())
     for name in ("grocer", "telco"):
-        assert running[name].returncode == 4 and "bank stopped (somebody interrupted it)" in errors[name]
+        assert codes[name] == 4 and "bank stopped (somebody interrupted it)" in errors[name]
         assert json.loads((tmp_path / "out" / name / "ledger.jsonl").read_text().splitlines()[-1])["event"] == "sealed"
         assert (tmp_path / "out" / name / "psi_report.json").exists()  # rows were known: so is the evidence
     assert "interrupted" in (tmp_path / "out" / "bank" / "log.txt").read_text()

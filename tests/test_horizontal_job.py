@@ -30,7 +30,7 @@ from parties.message import name_of, parse_header
 from parties.party_file import Party
 from parties.session import Session
 from tests.conftest import IDENTITIES, NAMES
-from tests.world import colonnade, free_ports, together
+from tests.world import Command, colonnade, free_ports, together
 from vfl.horizontal import job, report
 from vfl.horizontal.models import Score
 from vfl.horizontal.newton import Exact
@@ -278,39 +278,33 @@ class Running:
 
     def __init__(self, paths: dict[str, Path], *options: str) -> None:
         self.killed: set[str] = set()
-        self.lines: dict[str, list[str]] = {name: [] for name in paths}
-        self._victims: dict[str, int] = {}
-        command = [sys.executable, "-m", "vfl", "run", "--events", *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.processes = {
-            name: subprocess.Popen([*command, str(path)], **pipes)  # type: ignore[call-overload]
+            name: Command("run", "--events", *options, path, folder=path.parent / "streams" / name)
             for name, path in paths.items()
         }
-        self._readers = [threading.Thread(target=self._read, args=(name,), daemon=True) for name in paths]
 
-    def run(self, kill: dict[str, int], seconds: float = 180) -> dict[str, int]:
+    def run(self, kill: dict[str, int], seconds: float = 180) -> dict[str, int | None]:
         """Exit codes; `kill` says whom to kill at which round."""
-        self._victims = kill
-        for reader in self._readers:
-            reader.start()
         until = time.monotonic() + seconds
         try:
-            for process in self.processes.values():
-                process.wait(max(0.1, until - time.monotonic()))
+            while any(one.poll() is None for one in self.processes.values()) and time.monotonic() < until:
+                for name in kill.keys() - self.killed:
+                    if rounds_of(self.processes[name]) >= kill[name]:
+                        self.killed.add(name)
+                        self.processes[name].kill()
+                time.sleep(0.01)
         finally:
+            codes = {name: process.poll() for name, process in self.processes.items()}
             for process in self.processes.values():
                 process.kill()
-        self.errors = {name: process.stderr.read() for name, process in self.processes.items() if process.stderr}
-        return {name: process.wait() for name, process in self.processes.items()}
+        self.errors = {name: process.errors() for name, process in self.processes.items()}
+        return codes
 
-    def _read(self, name: str) -> None:
-        process = self.processes[name]
-        for line in process.stdout or ():
-            event = json.loads(line)
-            if event["phase"] == "train" and event["done"] >= self._victims.get(name, 1 << 30):
-                self.killed.add(name)
-                process.kill()
-                return
+
+def rounds_of(process: Command) -> int:
+    """How many it has reported."""
+    events = [json.loads(line) for line in process.output().splitlines(keepends=True) if line.endswith("\n")]
+    return max((one["done"] for one in events if one["phase"] == "train"), default=0)
 
 
 def test_ten_clients_finish_when_two_are_killed_in_the_third_round(tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ on request."""
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +17,7 @@ from parties.errors import LocalError, Refused
 from parties.message import CLASSES
 from tests.test_neural import STEPS, Pixels, agreement, images, table, top_of, train
 from tests.training import Dies, sent
-from tests.world import build, customers, together
+from tests.world import Command, build, customers, together
 from vfl.neural import VerticalMLPClassifier
 from vfl.open_messages import OpenGradient
 from vfl.scoring import answer, serve
@@ -187,14 +184,12 @@ def test_a_run_whose_process_was_killed_goes_on_and_serves(tmp_path):
     paths = build(tmp_path, tables, model=MODEL)
     text = paths["bank"].read_text().replace("'weight', ", "").replace(", 'weight'", "")
     paths["bank"].write_text(text + 'weight = "weight"\n')
-    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, "-m", "vfl", "run"]
-    running = {name: subprocess.Popen([*command, str(path), "--events"], **quiet) for name, path in paths.items()}
+    running = {name: Command("run", path, "--events") for name, path in paths.items()}
     out = {name: tmp_path / "out" / name for name in paths}
     end = time.monotonic() + 60
     while not list(out["telco"].glob("training-*.checkpoint")) and time.monotonic() < end:
         time.sleep(0.01)
-    running["telco"].send_signal(signal.SIGKILL)
+    running["telco"].kill()
     assert running["bank"].wait(60) == 4
 
     codes, errors = together({name: ["run", path, "--resume", "--events"] for name, path in paths.items()})

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +20,7 @@ from parties.memory import outcomes
 from parties.preparation import Preparation
 from parties.session import Session
 from tests.training import Dies, agreed, sent, table
-from tests.world import build, colonnade, customers, together
+from tests.world import Command, build, colonnade, customers, together
 from vfl import sgd
 from vfl.inner import Inner, Problem
 from vfl.job import _job
@@ -154,13 +151,12 @@ SGD = "solver = 'sgd'\nepochs = 60\nbatch_size = 60\nmax_exchanges = 1000\nallow
 def test_a_run_whose_process_was_killed_goes_on_with_resume(tmp_path):
     tables = customers(400)
     paths = build(tmp_path, tables, model=f"{SGD}\n[information]\nallowed_counts = 20")
-    command = [sys.executable, "-m", "vfl", "run"]
-    running = {name: subprocess.Popen([*command, str(path), "--events"], **QUIET) for name, path in paths.items()}
+    running = {name: Command("run", path, "--events") for name, path in paths.items()}
     telco = tmp_path / "out" / "telco"
     end = time.monotonic() + 60
     while not list(telco.glob("training-*.checkpoint")) and time.monotonic() < end:
         time.sleep(0.01)
-    running["telco"].send_signal(signal.SIGKILL)
+    running["telco"].kill()
     assert {name: process.wait(60) for name, process in running.items() if name != "telco"} == {"bank": 4, "grocer": 4}
 
     code, _, error = colonnade("run", paths["bank"].with_name("nobody.toml"), "--resume")
@@ -195,6 +191,3 @@ def test_a_run_whose_process_was_killed_goes_on_with_resume(tmp_path):
         residual = expit(joined[batch] @ weights) - y[batch]
         weights -= 0.1 * (joined[batch].T @ residual / len(batch) + penalty * weights)
     np.testing.assert_allclose(coef, weights[:-1], atol=1e-5)
-
-
-QUIET: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

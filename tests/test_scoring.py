@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +25,7 @@ from parties.party_file import Party
 from parties.session import open_session
 from tests.conftest import changed
 from tests.training import agreed, altering, joined, sent, table, with_data, with_fields
-from tests.world import build, colonnade, customers, free_ports
+from tests.world import Command, build, colonnade, customers, free_ports
 from vfl.linear import VerticalLogisticRegression
 from vfl.messages import MaskedEmbedding, PartialEmbedding
 from vfl.preparation import fit
@@ -295,13 +293,7 @@ class Running:
         self.requests.touch()
         more = {"bank": ["--requests", str(self.requests), "--output", str(self.scores), *options]}
         self.processes = {
-            name: subprocess.Popen(
-                [sys.executable, "-m", "vfl", "serve", str(path), *more.get(name, []), "--events"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
-            )
+            name: Command("serve", path, *more.get(name, []), "--events", folder=self.folder / "streams" / name)
             for name, path in world[1].items()
         }
 
@@ -311,7 +303,6 @@ class Running:
     def __exit__(self, *_: object) -> None:
         for process in self.processes.values():
             process.kill()
-            process.communicate()
 
     def answered(self, lines: int) -> pd.DataFrame:
         """Wait until the label holder has so many scores."""
@@ -321,9 +312,9 @@ class Running:
             time.sleep(0.05)
         return pd.read_csv(self.scores, dtype={"id": str})
 
-    def end(self) -> tuple[dict[str, int], dict[str, str]]:
-        errors = {name: process.communicate(timeout=40)[1] for name, process in self.processes.items()}
-        return {name: process.returncode for name, process in self.processes.items()}, errors
+    def end(self) -> tuple[dict[str, int | None], dict[str, str]]:
+        codes = {name: process.wait(40) for name, process in self.processes.items()}
+        return codes, {name: process.errors() for name, process in self.processes.items()}
 
 
 def ask(running: Running, *requests: list[str]) -> None:

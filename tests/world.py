@@ -1,11 +1,17 @@
-"""Organisations on disk, as users have them: tables, keys, agreement, own files. Small keys of 2048 bits, for speed."""
+"""Organisations on disk, as users have them: tables, keys, agreement, own files. Small keys of 2048 bits, for speed.
+Their processes are forked from one that has imported everything, which takes longer than most jobs here."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
+import os
+import signal
 import socket
 import sys
+import tempfile
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +19,6 @@ import numpy as np
 import pandas as pd
 
 from parties.identity import Identity
-from parties.launch import launch
 from parties.party_file import Party
 from vfl import cli
 
@@ -119,12 +124,68 @@ def colonnade(*arguments: object) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def together(commands: dict[str, list[object]], timeout: float = 120) -> tuple[dict[str, int], dict[str, str]]:
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["vfl.cli", "vfl.report", "vfl.search", "vfl.horizontal.report", "torch"])
+
+
+class Command:
+    """The command in a process of its own. What it writes stands in two files of `folder`, without which it is lost."""
+
+    def __init__(self, *arguments: object, folder: Path | None = None) -> None:
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("output", "errors"):
+                (folder / name).write_bytes(b"")
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):
+            given = ([*map(str, arguments)], dict(os.environ), folder)
+            self._process = _FORKS.Process(target=_command, args=given)
+            self._process.start()
+
+    def output(self) -> str:
+        """All that it has written so far."""
+        assert self.folder is not None
+        return (self.folder / "output").read_text(errors="replace")
+
+    def errors(self) -> str:
+        assert self.folder is not None
+        return (self.folder / "errors").read_text(errors="replace").strip()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int | None:
+        """Its exit code, negative when a signal ended it, None when it still runs."""
+        self._process.join(max(0.0, seconds))
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _command(arguments: list[str], environment: dict[str, str], folder: Path | None) -> None:
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    for stream, name in enumerate(("input", "output", "errors")):
+        opened = os.open(os.devnull if folder is None or stream == 0 else folder / name, os.O_RDWR)
+        os.dup2(opened, stream)
+        os.close(opened)
+    sys.argv = ["colonnade", *arguments]
+    cli.main()
+
+
+def together(commands: dict[str, list[object]], timeout: float = 120) -> tuple[dict[str, int | None], dict[str, str]]:
     """One real process a party; exit codes and standard errors."""
-    errors: dict[str, list[str]] = {name: [] for name in commands}
-    codes = launch(
-        {name: [sys.executable, "-m", "vfl", *map(str, rest)] for name, rest in commands.items()},
-        timeout=timeout,
-        on_error=lambda name, line: errors[name].append(line),
-    )
-    return codes, {name: "\n".join(lines) for name, lines in errors.items()}
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        running = {}
+        for place, (name, arguments) in enumerate(commands.items()):
+            running[name] = Command(*arguments, folder=Path(temporary) / str(place))
+            stack.callback(running[name].kill)
+        end = time.monotonic() + timeout
+        codes = {name: one.wait(end - time.monotonic()) for name, one in running.items()}
+        return codes, {name: one.errors() for name, one in running.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: many parties share few cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch
 
 import hashlib
 from collections.abc import Mapping

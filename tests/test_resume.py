@@ -145,7 +145,7 @@ def test_two_states_are_kept_whatever_happens(tmp_path):
     assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.iterdir())
 
 
-SGD = "solver = 'sgd'\nepochs = 60\nbatch_size = 60\nmax_exchanges = 1000\nallow_reconstruction = true"
+SGD = "solver = 'sgd'\nepochs = 12\nbatch_size = 60\nmax_exchanges = 1000\nallow_reconstruction = true"
 
 
 def test_a_run_whose_process_was_killed_goes_on_with_resume(tmp_path):
@@ -181,13 +181,13 @@ def test_a_run_whose_process_was_killed_goes_on_with_resume(tmp_path):
         x.append(values if name == "bank" else np.rint(values * 2**20) / 2**20)
         if name == "bank":
             y = (part["bad"] == "yes").to_numpy(float)[~test]
-            assert share["exchanges"] == 60 * (len(y) // 60)
+            assert share["exchanges"] == 12 * (len(y) // 60)
     alone = LogisticRegression(solver="newton-cholesky", tol=1e-12).fit(x[0], y)
     joined = np.column_stack([*x, np.ones(len(y))])
     weights = np.zeros(joined.shape[1])
     weights[:2], weights[-1] = alone.coef_[0], alone.intercept_[0]
     penalty = np.append(np.full(len(weights) - 1, 1 / len(y)), 0.0)
-    for batch in sgd.batches(len(y), 60, 60, 0):
+    for batch in sgd.batches(len(y), 60, 12, 0):
         residual = expit(joined[batch] @ weights) - y[batch]
         weights -= 0.1 * (joined[batch].T @ residual / len(batch) + penalty * weights)
     np.testing.assert_allclose(coef, weights[:-1], atol=1e-5)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+from tests.world import colonnade
+
 
 def test_the_demo_reaches_the_centralised_model(tmp_path):
     start = time.monotonic()
@@ -49,7 +51,6 @@ def test_the_demo_reaches_the_same_model_under_the_lattice_scheme(tmp_path):
 
 
 def test_the_demo_refuses_an_unknown_scheme(tmp_path):
-    command = [sys.executable, "-m", "vfl", "demo", "--scheme", "rot13", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].endswith("the scheme is paillier, lattice or auto, not 'rot13'")
+    code, _, error = colonnade("demo", "--scheme", "rot13", "--out", tmp_path)
+    assert code == 2
+    assert error.strip().splitlines()[-1].endswith("the scheme is paillier, lattice or auto, not 'rot13'")

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from unittest import mock
@@ -176,7 +177,10 @@ def _command(arguments: list[str], environment: dict[str, str], folder: Path | N
         os.dup2(opened, stream)
         os.close(opened)
     sys.argv = ["colonnade", *arguments]
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # ends a party's own workers: multiprocessing waits for them
 
 
 def together(commands: dict[str, list[object]], timeout: float = 120) -> tuple[dict[str, int | None], dict[str, str]]:

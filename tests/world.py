@@ -138,10 +138,8 @@ class Command:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("output", "errors"):
                 (folder / name).write_bytes(b"")
-        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}):
-            given = ([*map(str, arguments)], dict(os.environ), folder)
-            self._process = _FORKS.Process(target=_command, args=given)
-            self._process.start()
+        self._process = _FORKS.Process(target=_command, args=([*map(str, arguments)], dict(os.environ), folder))
+        self._process.start()
 
     def output(self) -> str:
         """All that it has written so far."""

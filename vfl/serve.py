@@ -264,12 +264,14 @@ def _opened(path: Path | None) -> Iterator[int]:
 def _until_interrupted() -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM ends the requests, hence the session in good order; a second one breaks it off."""
     ended = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def end(number: int, frame: FrameType | None) -> None:
         ended.set()
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, before[signal.Signals(number)])
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, end)
     try:
         yield ended
     finally:

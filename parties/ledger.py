@@ -8,6 +8,7 @@ is seen by whoever holds our public key.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +62,12 @@ class Ledger:
         self.entries += 1
 
     def note(self, event: str, **facts: str | int | float) -> None:
-        """Record something that is not a message: the session's opening, a peer's countersignature."""
+        """Record something that is not a message: the session's opening, a peer's countersignature.
+
+        Raises ValueError for a number that JSON does not have.
+        """
+        if not all(math.isfinite(fact) for fact in facts.values() if isinstance(fact, float)):
+            raise ValueError(f"{event}: a number that is not finite is not JSON compliant")
         self._append({"event": event} | facts)
 
     def record(self, to: str, kind: str, message_class: str, shape: tuple[int, ...], size: int, digest: bytes) -> None:
@@ -129,5 +135,5 @@ def _is_sealed(entry: dict[str, Any], owner: PublicIdentity) -> bool:
 
 
 def _canonical(entry: dict[str, Any]) -> bytes:
-    """The one spelling of a line; a number that JSON does not have is null."""
+    """The one spelling of a line."""
     return msgspec.json.encode(entry)

@@ -79,7 +79,7 @@ class Attempt:
     ) -> None:
         if late := owed.keys() & set(context.names):
             raise ValueError(f"{', '.join(sorted(late))} still owe a message; settle first, and leave them out")
-        self.lost = lost
+        self._lost = lost
         self._live = {client: channels[name] for client, name in enumerate(context.names)}
         self._context, self._owed, self._seconds = context, owed, seconds
 
@@ -115,7 +115,7 @@ class Attempt:
     def _drop(self, client: int, error: ColonnadeError, owes: type[Step] | None = None) -> None:
         name = self._context.names[client]
         del self._live[client]
-        self.lost[name] = error
+        self._lost[name] = error
         if owes is not None:
             self._owed[name] = owes
 
@@ -129,7 +129,7 @@ class Attempt:
     def stop(self, step: type[Step]) -> NoReturn:
         for channel in self._live.values():
             self._leave_out(channel, step)
-        missing = ", ".join(f"{name} ({error.kind})" for name, error in self.lost.items())
+        missing = ", ".join(f"{name} ({error.kind})" for name, error in self._lost.items())
         context = self._context
         raise PeerLost(
             f"round {context.round}, attempt {context.attempt}: {len(self._live)} of {len(context.names)} clients are "

@@ -7,7 +7,8 @@ Client u draws a mask key and a self mask b_u and sends
 s_uv the Diffie-Hellman secret of u's and v's mask keys (Bonawitz et al., Practical Secure Aggregation for
 Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the context through HKDF and is used
 for one stream or one ciphertext only, which is why nonces are zero. What a client offers is signed for the occasion
-(session, sum, what it asks, attempt), since it may do so before it is known who takes part; that, all after binds too.
+(session, sum, what it asks, attempt), since it may do so before it is known who takes part; all that follows binds
+that too.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import msgspec
@@ -121,6 +121,12 @@ def refuse_differences(tables: Mapping[str, Schema], wanted: Schema) -> None:
             raise Refused(f"{name} has {difference}, as {next(iter(tables))} has; align the tables", peer=name)
         if table.short:
             raise Refused(f"{name} has fewer {table.short} than the agreed minimum; leave it out", peer=name)
+
+
+@lru_cache(maxsize=2)  # a client asks twice, and a task may have millions of numbers
+def _subject(job: bytes, task: Task) -> bytes:
+    plain = msgspec.json.encode([task.number, task.round, task.stage, task.clients, task.rows])
+    return hashlib.sha256(job + plain + task.data.tobytes()).digest()
 
 
 @dataclass(frozen=True)
@@ -244,8 +250,7 @@ class Job:
 
     def subject(self, task: Task) -> bytes:
         """What a task asks, 32 bytes."""
-        plain = msgspec.json.encode([task.number, task.round, task.stage, task.clients, task.rows])
-        return hashlib.sha256(self.digest + plain + task.data.tobytes()).digest()
+        return _subject(self.digest, task)
 
     @property
     def asked(self) -> int:

@@ -72,8 +72,7 @@ class Link:
             self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
             self.books.push(header, payload)
             if not more:
-                self.touched = True
-                self._post.turn()
+                self._post.deliver(self)
                 self._post.leave()
 
     def last(self, header: bytes, payload: bytes | memoryview) -> None:
@@ -113,6 +112,9 @@ class Link:
                     raise type(self.failure)(*self.failure.args, peer=self.name)
                 if done():
                     return
+                if self._post.unread:
+                    self._post.turn()
+                    continue
                 if self.books.closed:
                     raise PeerLost(
                         f"{self.name} closed the connection; see its own message for the reason", peer=self.name

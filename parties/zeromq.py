@@ -39,6 +39,7 @@ _THREADS = 63  # I/O threads that ZMQ_AFFINITY, a signed number here, can tell a
 _COPIED = 64 << 10  # bytes up to which a frame is copied: to free larger ones in our thread costs page faults
 _ALIVE = 1.0  # seconds after which a frame of a process was not under way when another one of the same peer knocked
 _BURST = 64  # frames taken from one socket before the others have their turn; and turns without a break
+_READABLE = int(zmq.POLLIN)
 
 
 class Post:
@@ -71,6 +72,8 @@ class Post:
         self._failed_handshakes = 0
         self._waiting = 0  # threads of the role that wait for the sockets
         self._left = 0.0  # when the last of them stopped to
+        self.unread = False  # whether we used a socket since we looked what came: that may have taken the sign away
+        self._busy = False  # whether messages may be under way that were not when the role last went back to work
         self._turned, self._next_look = time.monotonic(), 0.0
         self._over = False  # the sockets are gone
         self._data: list[tuple[curve.Socket, Link | None]] = []  # those that carry frames: our router, links' dealers
@@ -164,11 +167,23 @@ class Post:
             self._next_look = 0.0
         self.turn(ready)
 
+    def deliver(self, link: Link) -> None:
+        """With the lock: send what is due to one peer. While the role serves the sockets that is all: before it waits
+        it looks what came."""
+        link.touched = True
+        if not self._relieved:
+            self.turn()
+        elif not self._over:
+            self._guard(lambda: link.deliver(time.monotonic(), False))
+            self.unread = True
+            self._busy |= link.books.under_way
+
     def leave(self) -> None:
         """With the lock: the role goes back to work. Where a large message is under way the post takes over at once."""
-        if any(link.books.under_way for link in self._links.values()):
+        if self._busy and any(link.books.under_way for link in self._links.values()):
             self._left = 0.0
             self._descriptors.ring()
+        self._busy = False
 
     def close(self) -> None:
         """Send what is left, say goodbye, release everything."""
@@ -242,10 +257,12 @@ class Post:
     def turn(self, ready: Iterable[int] = ()) -> None:
         """With the lock: serve the sockets that have something, then the links that were touched; all of them every now
         and then."""
-        if self._over:
-            return
+        if not self._over:
+            self._guard(lambda: self._turn(ready))
+
+    def _guard(self, act: Callable[[], object]) -> None:
         try:
-            self._turn(ready)
+            act()
         except Exception as bug:
             self._end(self._report(bug))
 
@@ -256,6 +273,7 @@ class Post:
 
     def _turn(self, ready: Iterable[int]) -> None:
         now = time.monotonic()
+        self.unread, self._busy = False, True
         slept, self._turned = now - self._turned - 1.0, now
         look = now >= self._next_look
         if look:
@@ -321,7 +339,7 @@ class Post:
     def _collect(self, socket: curve.Socket, link: Link | None) -> bool:
         """Take the frames that wait, a dealer's for its `link`, the router's for whom their key says; is that all?"""
         for _ in range(_BURST):
-            if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if not int(socket.getsockopt(zmq.EVENTS)) & _READABLE:
                 return True
             route = None if link else socket.recv(zmq.NOBLOCK, copy=False)
             received = socket.recv(zmq.NOBLOCK, copy=False)

@@ -19,10 +19,9 @@ class Link(Protocol):
     """Carries frames to and from one peer, in order, once. Both methods raise PeerLost at their deadline (seconds).
 
     A link whose `send` waits for room may also have `last(header, payload)`, for a last message that does not wait.
-    `more` says that another message follows at once: they may leave together.
     """
 
-    def send(self, header: bytes, payload: bytes | memoryview, timeout: float, more: bool = False) -> None: ...
+    def send(self, header: bytes, payload: bytes | memoryview, timeout: float) -> None: ...
 
     def receive(self, timeout: float) -> tuple[bytes, bytes]: ...
 
@@ -45,12 +44,11 @@ class Channel:
         """Digest of everything sent so far, and of everything received."""
         return self._sent_hash.digest(), self._received_hash.digest()
 
-    def send(self, message: Message, timeout: float | None = None, *, more: bool = False) -> None:
-        """Record, then send; `more`: another message follows at once. Raises Refused (class not allowed), PeerLost,
-        PeerAborted, LocalError (too large)."""
+    def send(self, message: Message, timeout: float | None = None) -> None:
+        """Record, then send. Raises Refused (class not allowed), PeerLost, PeerAborted, LocalError (too large)."""
         header, payload = self._record(message)
         try:
-            self._link.send(header, payload, self._timeout if timeout is None else timeout, more)
+            self._link.send(header, payload, self._timeout if timeout is None else timeout)
         except PeerLost as lost:
             raise self.unread_abort() or lost from None
 

@@ -65,15 +65,13 @@ class Link:
         self.resend = RESEND
         self.told = (0, 0)  # the counts that the peer was last told
 
-    def send(self, header: bytes, payload: bytes | memoryview, timeout: float, more: bool = False) -> None:
-        """Send a message, or queue it; waits while the peer has 16 unconsumed ones. more: another one follows at once,
-        and they may leave together."""
+    def send(self, header: bytes, payload: bytes | memoryview, timeout: float) -> None:
+        """Send a message, or queue it; waits while the peer has 16 unconsumed ones."""
         with self._post.interrupts, self._post.lock:
             self._wait(lambda: self.books.room and not self.books.closed, timeout, "took no message")
             self.books.push(header, payload)
-            if not more:
-                self._post.deliver(self)
-                self._post.leave()
+            self._post.deliver(self)
+            self._post.leave()
 
     def last(self, header: bytes, payload: bytes | memoryview) -> None:
         """Send or queue the last message, if the peer can still be told; never waits: the peer has room for it."""

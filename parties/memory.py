@@ -36,7 +36,7 @@ class MemoryLink:
         self._me, self._peer, self._out, self._in, self._tamper = me, peer, out, inbox, tamper
         self.sent: list[tuple[bytes, bytes]] = []
 
-    def send(self, header: bytes, payload: bytes | memoryview, timeout: float, more: bool = False) -> None:
+    def send(self, header: bytes, payload: bytes | memoryview, timeout: float) -> None:
         frames = header, bytes(payload)
         if self._tamper is not None:
             frames = self._tamper(self._me, self._peer, *frames)

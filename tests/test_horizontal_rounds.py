@@ -29,6 +29,7 @@ from parties.message import CLASSES, PAYLOAD_LIMIT, decode, encode, name_of, par
 from vfl.checkpoint import Bound
 from vfl.horizontal import masking, secure_aggregation
 from vfl.horizontal.client import Admitted, _End, former_session, take_part
+from vfl.horizontal.context import occasion
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.federated import (
     FederatedLinearRegression,
@@ -38,11 +39,11 @@ from vfl.horizontal.federated import (
 )
 from vfl.horizontal.local import Correction, Objective, Plan, Trained
 from vfl.horizontal.masking import Offer
-from vfl.horizontal.messages import KeyList, KeyOffer, SurvivorSignature
+from vfl.horizontal.messages import KeyList, KeyOffer, SealedShares, ShareList, SurvivorSignature
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.report import protection, training, training_rows
-from vfl.horizontal.round_messages import OVER_BUDGET, SIGNED, Admission, Ready, Scores, Task, Turn, Update
+from vfl.horizontal.round_messages import OVER_BUDGET, SIGNED, Admission, Invitation, Ready, Scores, Task, Turn, Update
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected, checked, combine
 from vfl.horizontal.secure_aggregation import Keys
@@ -147,7 +148,7 @@ class Table:
         channel, part = self._channel(mesh, name, "hub"), self.parts[name]
         plain = channel.send
 
-        def send(message: Any, timeout: float | None = None, more: bool = False) -> None:
+        def send(message: Any, timeout: float | None = None) -> None:
             nonlocal left
             if left == 0:
                 raise InterruptedError
@@ -984,10 +985,10 @@ def test_a_survivor_whose_signature_is_late_is_told_that_its_numbers_count(monke
     """The others open the sum without it; it must neither take the next task for a fault nor forget the round."""
     plain = Channel.send
 
-    def send(channel: Channel, message: Any, timeout: float | None = None, *, more: bool = False) -> None:
+    def send(channel: Channel, message: Any, timeout: float | None = None) -> None:
         if isinstance(message, SurvivorSignature) and message.round == 2 and channel._our_id == PUBLIC["c1"].key_id:
             time.sleep(0.8)
-        plain(channel, message, timeout, more=more)
+        plain(channel, message, timeout)
 
     def slow(weights: np.ndarray) -> np.ndarray:
         time.sleep(0.2)
@@ -1232,7 +1233,7 @@ def test_a_client_hears_of_no_other_that_was_drawn() -> None:
         patch.setattr(Channel, "receive", receive)
         patch.setattr(Job, "choose", lambda job, number, *given: [number % 3, 3])
         outcome = table.run()
-    assert {len(one.data) for one in heard if isinstance(one, Turn)} == {len(b"[]")}
+    assert {one.data.tobytes() for one in heard if isinstance(one, Turn)} == {msgspec.msgpack.encode(Invitation())}
     for name, ours in table.outcomes.items():
         assert {other for one in ours.rounds for other in (*one.clients, *one.missing)} <= {name}
         numbers = [one.number for one in outcome.rounds if name in one.clients]
@@ -1371,7 +1372,7 @@ def cheat(script: Callable[[Channel], None], settings: Horizontal, clients: int 
 
 
 def turn(number: int, names: list[str], attempt: int = 0) -> Turn:
-    return Turn(number, attempt, np.frombuffer(msgspec.json.encode(names), np.uint8), "add", 2.0**24)
+    return Turn.of(number, attempt, "add", 2.0**24, tuple(names))
 
 
 def task(number: int, round_number: int, stage: str = "train") -> Task:
@@ -1382,7 +1383,7 @@ def test_a_round_is_never_trained_twice_in_a_session() -> None:
     def repeats(hub: Channel) -> None:
         hub.send(task(0, 0))
         hub.receive(Ready)
-        hub.send(Turn(0, 0, np.empty(0, np.uint8), "left out", 1.0))
+        hub.send(Turn.of(0, 0, "left out"))
         hub.send(task(1, 0))
 
     error = cheat(repeats, own())
@@ -1413,14 +1414,14 @@ def test_attempts_are_no_more_than_agreed() -> None:
 
 
 def let_go(hub: Channel, number: int) -> None:
-    hub.send(Turn(number, 0, np.empty(0, np.uint8), "left out", 1.0))
+    hub.send(Turn.of(number, 0, "left out"))
 
 
 def test_a_coordinator_that_calls_numbers_kept_that_no_sum_has_is_refused() -> None:
     def insists(hub: Channel) -> None:
         hub.send(task(0, 0))
         hub.receive(Ready)
-        hub.send(Turn(0, 0, np.empty(0, np.uint8), "kept", 1.0))
+        hub.send(Turn.of(0, 0, "kept"))
 
     assert "says that it has our numbers" in str(cheat(insists, own()))
 
@@ -1473,12 +1474,67 @@ def test_a_task_of_another_length_is_refused() -> None:
 
 
 def invite(hub: Channel, names: Sequence[str], attempt: int = 0, bound: float = 2.0**24) -> None:
-    hub.send(Turn(0, attempt, np.frombuffer(msgspec.json.encode(names), np.uint8), "add", bound))
+    hub.send(Turn.of(0, attempt, "add", bound, tuple(names)))
 
 
-def begin(hub: Channel) -> None:
+def begin(hub: Channel) -> Ready:
     hub.send(task(0, 0))
-    hub.receive(Ready)
+    return hub.receive(Ready)
+
+
+def everybodys(ready: Ready) -> bytes:
+    """The keys of c0, and such as the others offer for the same sum."""
+    settings = own()
+    job = Job(settings, describe(settings, None, Toy()), 4)
+    asked = occasion(Table.session, 0, 0, job.subject(task(0, 0)))
+    return ready.data[1:].tobytes() + b"".join(Keys.offer(asked, KEYS[name]).shown.raw for name in NAMES[1:])
+
+
+def flipped(keys: bytes, at: int) -> bytes:
+    return keys[:at] + bytes([keys[at] ^ 1]) + keys[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("alter", "text"),
+    [
+        (lambda keys: flipped(keys, 160), "the keys of c1 are not signed by it for this attempt"),
+        (lambda keys: flipped(keys, 2 * 160 + 150), "the keys of c2 are not signed by it for this attempt"),
+        (lambda keys: keys[:160] + keys[320:480] * 2 + keys[480:], "the keys of c1 are not signed by it"),
+        (lambda keys: flipped(keys, 0), "our own keys did not come back"),
+        (lambda keys: bytes(160) + keys[160:], "our own keys did not come back"),
+        (lambda keys: keys[:320] + bytes(320), "keys of 2 clients where 3 are needed"),
+        (lambda keys: keys[:-160], "3 rows where 4 are due"),
+        (lambda keys: b"", "0 rows where 4 are due"),
+        (lambda keys: keys[:-1], "keys of the wrong length"),
+    ],
+)
+def test_a_coordinator_that_forges_or_keeps_back_keys_of_a_first_attempt_is_refused(
+    alter: Callable[[bytes], bytes], text: str
+) -> None:
+    """They come to the clients with their Turn."""
+
+    def forges(hub: Channel) -> None:
+        hub.send(Turn.of(0, 0, "add", 2.0**24, NAMES, alter(everybodys(begin(hub)))))
+
+    error = cheat(forges, own())
+    assert isinstance(error, ProtocolViolation) and text in str(error)
+
+
+def test_keys_come_with_no_turn_but_that_of_a_first_attempt() -> None:
+    def insists(hub: Channel) -> None:
+        hub.send(Turn.of(0, 1, "add", 2.0**24, NAMES, everybodys(begin(hub))))
+
+    error = cheat(insists, own())
+    assert isinstance(error, ProtocolViolation) and "for which nobody has offered any" in str(error)
+
+
+def test_an_invitation_that_does_not_parse_is_a_violation() -> None:
+    def babbles(hub: Channel) -> None:
+        begin(hub)
+        hub.send(Turn(0, 0, np.frombuffer(b"\xc1 not msgpack", np.uint8), "add", 2.0**24))
+
+    error = cheat(babbles, own())
+    assert isinstance(error, ProtocolViolation) and "does not parse" in str(error)
 
 
 def test_a_coordinator_that_admits_to_fewer_clients_makes_no_smaller_sum() -> None:
@@ -1521,11 +1577,15 @@ def test_attempts_increase(attempts: tuple[int, int]) -> None:
     """The same attempt with other clients or another bound would be another sum; the difference is an update."""
 
     def repeats(hub: Channel) -> None:
-        begin(hub)
-        invite(hub, NAMES, attempts[0])
-        if attempts[0]:  # the keys of the first came with Ready
+        keys = everybodys(begin(hub))
+        if attempts[0]:
+            invite(hub, NAMES, attempts[0])
             hub.receive(KeyOffer)
-        hub.send(KeyList(0, attempts[0], np.empty((0, 160), np.uint8)))  # left out: nothing was opened
+            hub.send(KeyList(0, attempts[0], np.empty((0, 160), np.uint8)))  # left out: nothing was opened
+        else:
+            hub.send(Turn.of(0, 0, "add", 2.0**24, NAMES, keys))
+            hub.receive(SealedShares)
+            hub.send(ShareList(0, 0, np.empty((0, 80), np.uint8)))
         invite(hub, NAMES[:3], attempts[1])
 
     error = cheat(repeats, own())
@@ -1582,7 +1642,7 @@ def test_a_client_without_budget_adds_to_no_sum_though_it_is_asked_to(what: str)
     def insists(hub: Channel) -> None:
         hub.send(task(0, 0))
         assert hub.receive(Ready).data[0] == OVER_BUDGET
-        hub.send(Turn(0, 0, np.frombuffer(msgspec.json.encode(NAMES), np.uint8), what, bound))
+        hub.send(Turn.of(0, 0, what, bound, NAMES))
         hub.abort("error")
 
     error = cheat(insists, settings, budget=Spent())

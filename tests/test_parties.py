@@ -332,7 +332,7 @@ def test_an_abort_tells_the_kind_of_the_error_and_nothing_else(pair: Pair) -> No
 
 def test_an_abort_never_raises() -> None:
     class Broken:
-        def send(self, header: bytes, payload: bytes, timeout: float, more: bool = False) -> None:
+        def send(self, header: bytes, payload: bytes, timeout: float) -> None:
             raise PeerLost("gone", peer="grocer")
 
     channel(BANK, GROCER, Broken()).abort("local")
@@ -365,7 +365,7 @@ class Answering:
         self.waiting: list[int] = []
         self.most = self.answered = 0
 
-    def send(self, header: bytes, payload: bytes, timeout: float, more: bool = False) -> None:
+    def send(self, header: bytes, payload: bytes, timeout: float) -> None:
         self.waiting.append(read(header, bytes(payload), SetSize).points)  # type: ignore[attr-defined]
         self.most = max(self.most, len(self.waiting))
 

@@ -23,7 +23,7 @@ from parties.message import CLASSES, Array, decode, parse_header
 from tests.training import altering, sent, with_data, with_fields
 from vfl.horizontal.attempt import settle
 from vfl.horizontal.context import SIZE_LIMIT, Context, Quantisation
-from vfl.horizontal.masking import KEYS, mask_key, pairwise_masks, read_offer, rows_of, self_mask, table
+from vfl.horizontal.masking import KEYS, key_table, mask_key, pairwise_masks, read_offer, rows_of, self_mask, table
 from vfl.horizontal.messages import (
     KeyList,
     KeyOffer,
@@ -493,29 +493,32 @@ def test_keys_that_were_offered_for_another_occasion_join_no_sum():
         star = Star()
         given = Keys.offer(other.occasion, KEYRING["c01"])
         with pytest.raises(ProtocolViolation, match="another occasion"):
-            contribute(star.clients["c01"], KEYRING["c01"], PUBLIC, context(), inputs()["c01"], set(), keys=given)
+            sum_of = (star.clients["c01"], KEYRING["c01"], PUBLIC, context(), inputs()["c01"], set())
+            contribute(*sum_of, exchanged=(given, np.empty((5, 160), np.uint8)))
         assert not star.recorded["c01"]["hub"].sent
 
 
 def test_a_sum_with_keys_that_were_offered_before():
     star, shared, values = Star(), context(), inputs()
     keys = {name: Keys.offer(shared.occasion, KEYRING[name]) for name in FIVE}
+    offers = {client: keys[name].shown for client, name in enumerate(FIVE)}
     other = context(names=FIVE[:4])  # who takes part may be known later
     assert other.occasion == shared.occasion and other.digest != shared.digest
 
     def run(name: str) -> None:
         given = (star.clients[name], KEYRING[name], PUBLIC, shared, values[name], star.used[name])
-        star.outcomes[name] = contribute(*given, keys=keys[name])
+        shown = key_table(shared, FIVE.index(name), offers)
+        star.outcomes[name] = contribute(*given, exchanged=(keys[name], shown))
 
     threads = [threading.Thread(target=run, args=(name,)) for name in FIVE]
     for thread in threads:
         thread.start()
-    shown = {name: keys[name].shown for name in FIVE}
-    result = aggregate(star.hub, PUBLIC, shared, 7, {}, 20.0, offers=shown)
+    result = aggregate(star.hub, PUBLIC, shared, 7, {}, 20.0, offers=offers)
     for thread in threads:
         thread.join()
     assert result.total.tolist() == plain_sum(values, FIVE, shared.quantisation)
     assert not any(sent(star.recorded, name, "hub", KeyOffer) for name in FIVE)
+    assert not any(sent(star.recorded, "hub", name, KeyList) for name in FIVE)
 
 
 @pytest.mark.parametrize("answer", [KeyList, ShareList, Survivors, SignatureList])

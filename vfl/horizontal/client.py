@@ -235,7 +235,7 @@ class _End:
             if noisy and last >= 0:
                 self.spending.charge(task.round)
             last = turn.attempt
-            opened = self._send(task, turn, job.noised(message) if noisy else message, None if turn.attempt else keys)
+            opened = self._send(task, turn, job.noised(message) if noisy else message, keys)
             kept = opened and job.settings.secure  # who has unmasked a sum need not be told
         if kept or turn.what == "kept":
             self.trainer.keep()
@@ -261,12 +261,14 @@ class _End:
         """Whether the coordinator may have opened the sum."""
         settings = self.trainer.job.settings
         if settings.secure:
-            context = self._context(task, turn)
+            with blame(self.channel.peer):
+                context, shown = self._context(task, turn), turn.invitation.table
+                if turn.attempt and len(shown):
+                    raise ValueError("keys for an attempt for which nobody has offered any")
+            exchanged = None if turn.attempt or keys is None else (keys, shown)
             sign = partial(self.sign, task)
-            done = contribute(
-                self.channel, self.me, self.identities, context, message, self.used, before_signing=sign, keys=keys
-            )
-            return bool(done.survivors)
+            given = (self.channel, self.me, self.identities, context, message, self.used)
+            return bool(contribute(*given, before_signing=sign, exchanged=exchanged).survivors)
         if settings.compression and task.stage == "train" and self.trainer.packed is not None:
             self.channel.send(Packed(task.number, turn.attempt, self.trainer.packed))
         else:
@@ -275,12 +277,11 @@ class _End:
 
     def _context(self, task: Task, turn: Turn) -> Context:
         """What we agree to: the coordinator says who adds up; how many it takes at least, we know."""
-        with blame(self.channel.peer):
-            names = _names(turn)
-            if any(name not in self.identities for name in names):
-                raise ValueError("a sum with clients that the agreement does not have")
-            signed, own = len(self.identities), self.channel.peer in names
-            return self.trainer.job.context(self.session, task, turn.attempt, names, turn.bound, signed, own)
+        names = turn.invitation.names
+        if any(name not in self.identities for name in names):
+            raise ValueError("a sum with clients that the agreement does not have")
+        signed, own = len(self.identities), self.channel.peer in names
+        return self.trainer.job.context(self.session, task, turn.attempt, names, turn.bound, signed, own)
 
     # ---- checkpoints
 
@@ -355,10 +356,3 @@ def _admitted(message: Admission) -> Admitted:
         return msgspec.json.decode(message.data.tobytes(), type=Admitted)
     except (msgspec.MsgspecError, RecursionError):
         raise ValueError("its admission does not parse") from None
-
-
-def _names(turn: Turn) -> tuple[str, ...]:
-    try:
-        return msgspec.json.decode(turn.data.tobytes(), type=tuple[str, ...])
-    except (msgspec.MsgspecError, RecursionError):
-        raise ValueError("the names of its turn do not parse") from None

@@ -155,6 +155,12 @@ def check_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes
     return offer
 
 
+def key_table(context: Context, client: int, offers: Mapping[int, Offer]) -> Array:
+    """What a client is shown: a row of 160 bytes for each of its neighbourhood."""
+    near = context.neighbourhood(client)
+    return table(near, {other: offers[other].raw for other in near if other in offers}, 160)
+
+
 # ---- step 1: shares, sealed from client to client
 
 

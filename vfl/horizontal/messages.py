@@ -35,7 +35,7 @@ class Step(Message):
 class KeyOffer(Step):
     """u -> C: an X25519 key for sealing shares, one for pairwise masks, a commitment to the self mask; signed.
 
-    Those of a first attempt come with u's Ready.
+    Those of a first attempt come with u's Ready, and go to the others with C's Turn instead of a KeyList.
     """
 
     width = 160

@@ -3,7 +3,8 @@
     0  u -> C   Table              C -> u   Admission        columns, units, classes: the same at all
     1  C -> u   Task               u -> C   Ready            once the client has computed what the sum needs of it;
                                                              with its keys for the first attempt at a secure sum
-    2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation
+    2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation; with the keys of
+                                            all for the first attempt, which begins with its second step
     3  C -> u   Turn "kept"                                  the sum has it; or "left out", or "add" for another attempt
 
 With secure aggregation "kept" is only for who signed the sum too late to unmask it: the others know.
@@ -15,10 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from parties.message import Array, Message, kind
-from vfl.horizontal.messages import KeyOffer, Step
+from vfl.horizontal.messages import KeyList, KeyOffer, Step
 from vfl.horizontal.models import Score
 
 STAGES = ("rows", "means", "scales", "train", "score", "finish")
@@ -88,14 +90,43 @@ class Ready(Step):
         return bool(self.data[0] >= len(LEVELS))
 
 
+class Invitation(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """To a secure sum: who adds up, in order; and for its first attempt their keys, rows as in a KeyList."""
+
+    names: tuple[str, ...] = ()
+    keys: bytes = b""
+
+    @property
+    def table(self) -> Array:
+        """The keys (n, 160). Raises ValueError."""
+        if len(self.keys) % KeyList.width:
+            raise ValueError("keys of the wrong length")
+        return np.frombuffer(self.keys, np.uint8).reshape(-1, KeyList.width)
+
+
 @kind(334, "control", "|u1", 1)
 @dataclass(frozen=True, eq=False)
 class Turn(Step):
-    """C -> u: "add": send your numbers, within the bound; data: the names of all who do, JSON. "kept": the sum has
-    them. "left out": it has not."""
+    """C -> u: "add": send your numbers, within the bound; data: an Invitation, msgpack. "kept": the sum has them.
+    "left out": it has not."""
 
     what: str
     bound: float
+
+    @classmethod
+    def of(
+        cls, number: int, attempt: int, what: str, bound: float = 1.0, names: tuple[str, ...] = (), keys: bytes = b""
+    ) -> Turn:
+        data = np.frombuffer(msgspec.msgpack.encode(Invitation(names, keys)), np.uint8)
+        return cls(number, attempt, data, what, bound)
+
+    @property
+    def invitation(self) -> Invitation:
+        """Raises ValueError."""
+        try:
+            return msgspec.msgpack.decode(self.data.tobytes(), type=Invitation)
+        except (msgspec.MsgspecError, RecursionError):
+            raise ValueError("the invitation of its turn does not parse") from None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,6 @@
 """Secure aggregation: the coordinator learns the sum over the clients that stay, and no client's part. Two roles.
 
-    0  u -> C   KeyOffer           C -> u   KeyList          fresh keys, signed by their owners; or offered before
+    0  u -> C   KeyOffer           C -> u   KeyList          fresh keys, signed by their owners; or exchanged before
     1  u -> C   SealedShares       C -> u   ShareList        shares of both of u's secrets, sealed to their holders
     2  u -> C   MaskedInput        C -> u   Survivors        from here on the set is fixed
     3  u -> C   SurvivorSignature  C -> u   SignatureList    all sign the same set
@@ -37,6 +37,7 @@ from vfl.horizontal.masking import (
     agree,
     check_offer,
     check_survivors,
+    key_table,
     make_offer,
     make_shares,
     open_sum,
@@ -118,14 +119,15 @@ def contribute(
     timeout: float | None = None,
     seed: bytes | None = None,
     before_signing: Callable[[], None] = lambda: None,
-    keys: Keys | None = None,
+    exchanged: tuple[Keys, Array] | None = None,
 ) -> Outcome:
     """At a client: add our values (size,) to the sum.
 
     used: the digests of the contexts in which we took part, kept for as long as the session; we take part in each once.
     timeout: seconds per answer of the coordinator, more than it gives all clients for a step; None: the channel's own.
     seed: 32 bytes that replay our secrets. before_signing: called once the survivors are known: when it returns we sign
-    them, and the sum may be opened. keys: those that we have offered for this attempt; None: we offer fresh ones.
+    them, and the sum may be opened. exchanged: the keys that we have offered for this attempt, and the rows that a
+    KeyList would have; None: we offer fresh ones now.
 
     Reveals:
         To the coordinator: the sum over the survivors, at least `context.threshold` of the agreed clients, or nothing.
@@ -147,14 +149,16 @@ def contribute(
         us = context.names.index(me.name)
         near = context.neighbourhood(us)
 
-        if keys is None:
+        if exchanged is None:
             keys = Keys.offer(context.occasion, me, seed)
             channel.send(step_of(KeyOffer, context, np.frombuffer(keys.shown.raw, np.uint8)))
-        elif keys.occasion != context.occasion:
-            raise ValueError("asks for a sum of another occasion than that for which we have offered keys")
+            if (data := _answer(channel, KeyList, context, timeout)) is None:
+                return Outcome(())
+        else:
+            keys, data = exchanged
+            if keys.occasion != context.occasion:
+                raise ValueError("asks for a sum of another occasion than that for which we have offered keys")
         own, drawn = keys.shown, keys.drawn
-        if (data := _answer(channel, KeyList, context, timeout)) is None:
-            return Outcome(())
         rows = _enough(context, rows_of(near, data), "keys")
         if rows.pop(us, None) != own.raw:
             raise ValueError("our own keys did not come back")
@@ -232,14 +236,14 @@ def aggregate(
     owed: Owed,
     seconds: float = 60.0,
     course: Course | None = None,
-    offers: Mapping[str, Offer] | None = None,
+    offers: Mapping[int, Offer] | None = None,
 ) -> Aggregate:
     """At the coordinator: the sum of the values (size,) of the clients that stay.
 
     owed: what late clients of earlier attempts still owe; those of this one are entered. Nobody in it may take part.
     seconds: the deadline of each of the five steps, for all clients together. course: to be told how it goes: once
     clients may have opened the sum, they open no other of that round. offers: of all who take part, when they have come
-    before and are checked; None: they come now.
+    before, are checked, and all have been shown those of their neighbours; None: they come now.
 
     Reveals:
         To us: the sum over the survivors, who they are, and which clients dropped out at which step.
@@ -258,10 +262,9 @@ def aggregate(
 
     if offers is None:
         known = attempt.gather(KeyOffer, offered)
+        attempt.tell(KeyList, lambda u: key_table(context, u, known))
     else:
-        known = {client: offers[name] for client, name in enumerate(context.names)}
-    raw = {client: offer.raw for client, offer in known.items()}
-    attempt.tell(KeyList, lambda u: table(near[u], raw, KeyList.width))
+        known = dict(offers)
 
     def dealt(client: int, data: Array) -> dict[int, bytes]:
         rows = rows_of(near[client], data)

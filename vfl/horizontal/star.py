@@ -19,7 +19,7 @@ from vfl.horizontal.attempt import Owed, settle
 from vfl.horizontal.client import Admitted
 from vfl.horizontal.compression import compressor
 from vfl.horizontal.context import occasion
-from vfl.horizontal.masking import Offer, check_offer
+from vfl.horizontal.masking import Offer, check_offer, key_table
 from vfl.horizontal.messages import Step
 from vfl.horizontal.models import Score
 from vfl.horizontal.round_messages import (
@@ -284,12 +284,15 @@ class Star:
         """The sum, over whom, and at which attempt."""
         clients, length = self.job.settings.clients, self.job.length(self.task.stage, self.task.round)
         for attempt in range(clients.attempts):
-            roll = self._roll(until)
+            roll = tuple(self._roll(until))
             signed, own, bound = len(self.identities), self.me in roll, self._bound(roll)
-            context = self.job.context(self.session, self.task, attempt, tuple(roll), bound, signed, own)
-            for name in roll:
-                self._turn(name, "add", attempt, bound, roll, more=not attempt)  # all keys follow at once
-            course, offers = Course(), None if attempt else self.offers  # of a later attempt they come now
+            context = self.job.context(self.session, self.task, attempt, roll, bound, signed, own)
+            course, offers = Course(), None  # of a later attempt keys come now
+            if not attempt:
+                offers = {client: self.offers[name] for client, name in enumerate(roll)}
+            for client, name in enumerate(roll):
+                shown = b"" if offers is None else key_table(context, client, offers).tobytes()
+                self._turn(name, "add", attempt, bound, roll, shown)
             try:
                 done = aggregate(
                     self.channels, self.identities, context, length, self.owed, clients.deadline, course, offers
@@ -334,12 +337,11 @@ class Star:
         return told
 
     def _turn(
-        self, name: str, what: str, attempt: int = 0, bound: float = 1.0, roll: Sequence[str] = (), more: bool = False
+        self, name: str, what: str, attempt: int = 0, bound: float = 1.0, roll: tuple[str, ...] = (), keys: bytes = b""
     ) -> None:
         """Tell a client how it goes on; who is gone shows when its answer is read."""
-        names = np.frombuffer(msgspec.json.encode(roll), np.uint8)
         with suppress(PeerLost, PeerAborted):
-            self.channels[name].send(Turn(self.task.number, attempt, names, what, bound), more=more)
+            self.channels[name].send(Turn.of(self.task.number, attempt, what, bound, roll, keys))
 
     def _gather(self, names: Sequence[str], expected: type[S], until: float) -> Iterator[tuple[str, S]]:
         """Each client's message, while it comes before the common deadline; the others are out of the sum. In the order

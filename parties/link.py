@@ -110,8 +110,7 @@ class Link:
                     raise type(self.failure)(*self.failure.args, peer=self.name)
                 if done():
                     return
-                if self._post.unread:
-                    self._post.turn()
+                if self._post.look():
                     continue
                 if self.books.closed:
                     raise PeerLost(
@@ -166,7 +165,7 @@ class Link:
             return
         self.greet(now)
         self.heard = now
-        self.touched = True
+        self.touched |= self.books.closed or self.behind >= BEHIND or not self.books.idle
         if self.books.acked != before[0]:
             self.acknowledged, self.resend = now, RESEND
         if self.books.progress != before[1]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,7 +45,13 @@ NAMES = tuple(f"c{number:02}" for number in range(12))
 FIVE = NAMES[:5]
 KEYRING = {name: Identity.generate(name) for name in (*NAMES, "hub")}
 PUBLIC = {name: identity.public for name, identity in KEYRING.items()}
-SMALL_ORDER = [bytes(32), (1).to_bytes(32, "little"), (2**255 - 20).to_bytes(32, "little")]
+# Every key with which all secrets are 0 (libsodium's list): of order 1, 2, 4 or 8, reduced or not, either top bit.
+_EIGHT = (
+    "e0eb7a7c3b41b8ae1656e3faf19fc46ada098deb9c32b1fd866205165f49b800",
+    "5f9c95bca3508c24b1d0b1559c83ef5b04445cc4581c8e86d8224eddd09f1157",
+)
+_REDUCED = [0, 1, *(int.from_bytes(bytes.fromhex(u), "little") for u in _EIGHT), 2**255 - 20]
+SMALL_ORDER = [(u + top).to_bytes(32, "little") for u in [*_REDUCED, 2**255 - 19, 2**255 - 18] for top in (0, 2**255)]
 
 
 def context(names: tuple[str, ...] = FIVE, **changes: Any) -> Context:
@@ -647,8 +654,11 @@ def test_a_client_with_a_key_of_small_order_is_named(weak, place):
         body = data[:96].tobytes()
         return forged("c01", "c01", body[:place] + weak + body[place + 32 :])
 
+    with pytest.raises(ValueError, match="shared key"):
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(weak))
     _, result = attempt(tamper=damage("c01", KeyOffer, weaken))
     assert result.survivors == ("c00", "c02", "c03", "c04") and isinstance(result.lost["c01"], ProtocolViolation)
+    assert "no canonical point of large order" in str(result.lost["c01"])
 
 
 def test_a_wrong_share_is_passed_over_while_there_are_more_than_needed():

@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from parties.errors import PeerLost, blame
 from parties.identity import Identity, PublicIdentity
 from parties.message import Array
+from psi.curve25519 import SMALL_ORDER, P
 from vfl.horizontal.context import Context
 from vfl.horizontal.shamir import PRIME, recover, split
 
 Words = NDArray[np.uint64]
-_PROBE = X25519PrivateKey.from_private_bytes(bytes(32))  # any scalar: it is a multiple of 8, all that matters
 KEYS, SURVIVORS = "aggregation keys", "aggregation survivors"  # what a client signs
 
 
@@ -143,14 +143,15 @@ def read_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes)
 def check_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes, taken: set[bytes]) -> Offer:
     """At the coordinator; `taken` are the keys offered so far, to which these are added.
 
-    Raises ValueError: as above, a key that is taken, or one of small order, with which every secret would be 0. Others
-    would blame the coordinator for these.
+    Raises ValueError: as above, a key that is taken, no canonical one, or one of small order, with which every secret
+    would be 0. Others would blame the coordinator for these.
     """
     offer = read_offer(occasion, name, identity, raw)
     for key in (offer.sealing, offer.mask):
         if key in taken:
             raise ValueError(f"{name} offers a key that it or another client has offered already")
-        _PROBE.exchange(X25519PublicKey.from_public_bytes(key))
+        if int.from_bytes(key, "little") >= P or key in SMALL_ORDER:
+            raise ValueError(f"{name} offers a key that is no canonical point of large order")
         taken.add(key)
     return offer
 

@@ -17,8 +17,8 @@ from parties.curve import Socket
 class Descriptors:
     """The descriptors of our sockets, each with what is to be done when its socket may have something; and a bell.
 
-    A descriptor tells of a change only, and using the socket may take that sign away: look at the socket itself after
-    every use, and at all of them every now and then.
+    A descriptor tells of a change only, and using the socket may take that sign away: look at the socket itself between
+    its use and a wait, and at all of them every now and then.
     """
 
     def __init__(self) -> None:

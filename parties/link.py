@@ -44,13 +44,14 @@ class Patience:
 
 
 class Link:
-    """Messages to and from one peer. `send` and `receive` are for one thread, the role's; they serve the sockets."""
+    """Messages to and from one peer. `send` and `receive` are for one thread, the role's; who waits in them serves the
+    sockets."""
 
     def __init__(self, post: Post, peer: Peer, limit: int) -> None:
         now = time.monotonic()
         self.name, self.peer = peer.name, peer
         self._post = post
-        self.touched = True  # since it was last served
+        self.touched = True  # there is something to do for it
         self.books = Delivery(peer.name, limit)
         self.failure: ColonnadeError | None = None
         self.socket: Socket | None = None  # the post's router, or our own dealer

@@ -1,10 +1,11 @@
 """The real Link: encrypted, authenticated, alive or in error; never silent.
 
 Whoever holds the post's lock serves the sockets and judges the peers (ZeroMQ's sockets are not thread-safe, and may
-pass from thread to thread under a lock): the role's thread while it sends or waits, so that no thread need wake another
-for a message; a background thread, the post, while the role computes and shows by `tick()` that it is at work. Both
-wait on file descriptors, which touches no socket. Each pair is one DEALER, which connects, and one ROUTER, which
-listens for all peers that connect. Who a peer is comes from the CURVE key of its connection, never from what it says.
+pass from thread to thread under a lock): the role's thread while it waits, so that no thread need wake another for a
+message; a background thread, the post, while the role computes and shows by `tick()` that it is at work. Both wait on
+file descriptors, which touches no socket. What the role sends goes out at once. Each pair is one DEALER, which
+connects, and one ROUTER, which listens for all peers that connect. Who a peer is comes from the CURVE key of its
+connection, never from what it says.
 
 A role must not hold Python's interpreter lock for longer than `Patience.silence`: the post could not beat.
 """
@@ -157,9 +158,16 @@ class Post:
         self.progress += 1
 
     def look(self) -> bool:
-        """With the lock, before a wait: whether something came while we sent; it is served."""
+        """With the lock, before a wait: whether there was something to do since we sent; it is done."""
         used, self._used = self._used, False
-        if not (used and any(readable(socket) for socket, _ in self._data)):
+        if not used or self._over:
+            return False
+        try:
+            came = [readable(socket) for socket, _ in self._data]  # asking also takes away the sign that there is room
+        except zmq.ZMQError as bug:
+            self._end(self._report(bug))
+            return True
+        if not any(came) and not any(link.touched and link.route is not None for link in self._links.values()):
             return False
         self.turn()
         return True
@@ -180,8 +188,8 @@ class Post:
         self.turn(ready)
 
     def deliver(self, link: Link) -> None:
-        """With the lock: send what is due to one peer. While the role serves the sockets that is all: before it waits
-        it looks what came."""
+        """With the lock: send what is due to one peer. While the role serves the sockets that is all: what came it sees
+        before it waits, or the post does when it takes over."""
         link.touched = True
         if not self._relieved:
             self.turn()

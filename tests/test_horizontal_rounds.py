@@ -54,7 +54,8 @@ from vfl.horizontal.strategies import Part, Population, broadcast, client_round,
 from vfl.horizontal.trainer import Data, describe
 
 NAMES = ("c0", "c1", "c2", "c3")
-KEYS = {name: Identity.generate(name) for name in ("hub", *NAMES)}
+DOZEN = tuple(f"c{number}" for number in range(12))
+KEYS = {name: Identity.generate(name) for name in ("hub", *DOZEN)}
 PUBLIC = {name: key.public for name, key in KEYS.items()}
 QUICK = Clients(deadline=2.0)
 
@@ -941,6 +942,28 @@ def test_a_client_that_calls_its_numbers_fine_and_sends_nan_is_named_and_left_ou
     np.testing.assert_allclose(outcome.weights, 4.0)
 
 
+@pytest.mark.parametrize("dies", [{}, {"c3": 8, "c5": 9}], ids=["nobody", "two"])
+def test_on_a_graph_a_client_is_shown_the_keys_of_its_neighbours_only(
+    dies: Mapping[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight of eleven; two vanish in the first round, in the midst of a sum."""
+    shown: set[tuple[int, int]] = set()
+    plain = Channel.send
+
+    def send(channel: Channel, message: Any, timeout: float | None = None) -> None:
+        if isinstance(message, Turn) and message.what == "add":
+            shown.add((len(message.invitation.names), len(message.invitation.table)))
+        plain(channel, message, timeout)
+
+    monkeypatch.setattr(Channel, "send", send)
+    table = Table(own(degree=8), {name: Toy() for name in DOZEN}, dies=dies)
+    outcome = table.run()
+    np.testing.assert_allclose(outcome.weights, 4.0)
+    left = tuple(name for name in DOZEN if name not in dies)
+    assert [one.clients for one in outcome.rounds[1:]] == [left] * 3
+    assert shown == ({(12, 9)} if not dies else {(12, 9), (10, 9)})
+
+
 @pytest.mark.parametrize(
     "forge",
     [
@@ -1398,7 +1421,7 @@ def test_a_client_adds_to_no_sum_with_too_few_strangers_or_without_it(names: lis
     def invites(hub: Channel) -> None:
         hub.send(task(0, 0))
         hub.receive(Ready)
-        hub.send(turn(0, names))
+        hub.send(turn(0, names, attempt=1))  # of the first, keys come along: that would be refused without any
 
     error = cheat(invites, own(clients=Clients(quorum=4)))
     assert isinstance(error, (ProtocolViolation, Refused))
@@ -1528,10 +1551,13 @@ def test_keys_come_with_no_turn_but_that_of_a_first_attempt() -> None:
     assert isinstance(error, ProtocolViolation) and "for which nobody has offered any" in str(error)
 
 
-def test_an_invitation_that_does_not_parse_is_a_violation() -> None:
+@pytest.mark.parametrize(
+    "babble", [b"\xc1", b"\x92\x91\xa1\xff\xc4\x00", msgspec.msgpack.encode([["c1"] * (1 << 16 | 1), b""])]
+)
+def test_an_invitation_that_does_not_parse_is_a_violation(babble: bytes) -> None:
     def babbles(hub: Channel) -> None:
         begin(hub)
-        hub.send(Turn(0, 0, np.frombuffer(b"\xc1 not msgpack", np.uint8), "add", 2.0**24))
+        hub.send(Turn(0, 0, np.frombuffer(babble, np.uint8), "add", 2.0**24))
 
     error = cheat(babbles, own())
     assert isinstance(error, ProtocolViolation) and "does not parse" in str(error)

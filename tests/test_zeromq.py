@@ -19,7 +19,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parties import curve
+from parties import curve, zeromq
 from parties.channel import Channel
 from parties.delivery import BEAT, BYE, FIXED, FRAME_LIMIT, MORE, OPEN, PIECE, VERSION, WINDOW, Delivery
 from parties.descriptors import Descriptors
@@ -168,9 +168,16 @@ def test_a_ring_while_the_last_one_is_read_silences_none_that_follow() -> None:
     descriptors.close()
 
 
-def test_no_sign_of_a_frame_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [64, 3], ids=["frames that wait", "room for more"])
+def test_no_sign_is_lost(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both send, then receive: sending takes signs away, and who then waits would wait for the next look."""
     plain, sizes, lost = Descriptors.wait, random.Random(0), list[bool]()
+    opens = curve.open_socket
+
+    def narrow(*given: Any, **more: Any) -> curve.Socket:
+        socket = opens(*given, **more)
+        socket.setsockopt(zmq.SNDHWM, room)
+        return socket
 
     def wait(descriptors: Descriptors, seconds: float, *, bell_only: bool = False) -> list[int]:
         ready = plain(descriptors, seconds, bell_only=bell_only)
@@ -179,6 +186,7 @@ def test_no_sign_of_a_frame_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
             with post.lock:
                 silent = not plain(descriptors, 0.0)
                 lost.extend(silent for socket, _ in post._data if int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+                lost.extend(silent and link.deliver(time.monotonic(), False) for link in post._links.values())
         return ready
 
     def talk(link: Link, sent: list[int]) -> None:
@@ -186,16 +194,31 @@ def test_no_sign_of_a_frame_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
             link.send(b"", bytes(size), SOON)
             link.receive(SOON)
 
+    monkeypatch.setattr(curve, "open_socket", narrow)
     with pair() as (bank, grocer):
         bank.ready(SOON)
         grocer.ready(SOON)
         monkeypatch.setattr(Descriptors, "wait", wait)
-        mixed = [sizes.choice([0, 10, 10_000, 300_000]) for _ in range(500)]
+        mixed = [sizes.choice([0, 10, 10_000, 300_000, *([5_000_000] if room < 64 else [])]) for _ in range(500)]
         other = threading.Thread(target=talk, args=(grocer, mixed[::-1]))
         other.start()
         talk(bank, mixed)
         other.join()
     assert not any(lost)
+
+
+def test_a_socket_that_cannot_be_asked_ends_the_transport_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(socket: object) -> bool:
+        raise zmq.ZMQError(zmq.ENOTSUP)
+
+    with pair() as (bank, grocer):
+        bank.send(b"a", b"", SOON)
+        grocer.receive(SOON)
+        grocer.send(b"b", b"", SOON)
+        bank.receive(SOON)
+        bank.send(b"c", b"", SOON)
+        monkeypatch.setattr(zeromq, "readable", broken)
+        fails(LocalError, "stopped on an internal error", lambda: bank.receive(SOON))
 
 
 def test_a_message_above_the_limit_stays_here() -> None:

@@ -262,7 +262,8 @@ class _End:
         settings = self.trainer.job.settings
         if settings.secure:
             with blame(self.channel.peer):
-                context, shown = self._context(task, turn), turn.invitation.table
+                invitation = turn.invitation
+                context, shown = self._context(task, turn, invitation.names), invitation.table
                 if turn.attempt and len(shown):
                     raise ValueError("keys for an attempt for which nobody has offered any")
             exchanged = None if turn.attempt or keys is None else (keys, shown)
@@ -275,9 +276,8 @@ class _End:
             self.channel.send(Update(task.number, turn.attempt, message))
         return True
 
-    def _context(self, task: Task, turn: Turn) -> Context:
+    def _context(self, task: Task, turn: Turn, names: tuple[str, ...]) -> Context:
         """What we agree to: the coordinator says who adds up; how many it takes at least, we know."""
-        names = turn.invitation.names
         if any(name not in self.identities for name in names):
             raise ValueError("a sum with clients that the agreement does not have")
         signed, own = len(self.identities), self.channel.peer in names

@@ -15,9 +15,11 @@ A Task that asks for no sum: "score" is answered by Scores; "finish" by nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from parties.message import Array, Message, kind
 from vfl.horizontal.messages import KeyList, KeyOffer, Step
@@ -93,7 +95,7 @@ class Ready(Step):
 class Invitation(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
     """To a secure sum: who adds up, in order; and for its first attempt their keys, rows as in a KeyList."""
 
-    names: tuple[str, ...] = ()
+    names: Annotated[tuple[str, ...], Meta(max_length=1 << 16)] = ()  # more would only fill the memory of who reads it
     keys: bytes = b""
 
     @property
@@ -125,7 +127,7 @@ class Turn(Step):
         """Raises ValueError."""
         try:
             return msgspec.msgpack.decode(self.data.tobytes(), type=Invitation)
-        except (msgspec.MsgspecError, RecursionError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ValueError("the invitation of its turn does not parse") from None
 
     def __post_init__(self) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background; tests interrupt, and are told
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: many parties share few cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch

@@ -157,6 +157,11 @@ class Party:
         self.trains = self.name in self.agreement.clients
         if not self.file.table.path and (self.trains or not self.agreement.is_horizontal):
             raise LocalError(f"{path}: [table] must say in path where our table is")
+        if self.file.table.path and not self.trains and self.agreement.is_horizontal:
+            raise LocalError(
+                f"{path}: [table] has rows, and the agreement has the coordinator train on none; agree on "
+                "coordinator_trains = true in [job], or take [table] out"
+            )
         self.id_columns: dict[str, str] = {}
         if self.agreement.is_horizontal:
             self._check_horizontal()

@@ -423,6 +423,13 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_sent(re
     assert not list((tmp_path / "out").glob("*/ledger.jsonl"))
 
 
+def test_rows_of_a_coordinator_that_does_not_train_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    paths = build(tmp_path, patients(3))
+    paths["lead"].write_text(paths["lead"].read_text() + '[table]\npath = "site0.csv"\n')
+    for command in ("check", "sign", "run"):
+        assert "agree on coordinator_trains = true in [job]" in said(2, command, paths["lead"])
+
+
 @pytest.mark.parametrize("fault", COLUMN_FAULTS)
 def test_a_table_that_differs_is_refused_before_anything_is_sent(fault: str, tmp_path: Path) -> None:
     change, named = COLUMN_FAULTS[fault]

@@ -40,11 +40,6 @@ _THREADS = 63  # I/O threads that ZMQ_AFFINITY, a signed number here, can tell a
 _COPIED = 64 << 10  # bytes up to which a frame is copied: to free larger ones in our thread costs page faults
 _ALIVE = 1.0  # seconds after which a frame of a process was not under way when another one of the same peer knocked
 _BURST = 64  # frames taken from one socket before the others have their turn; and turns without a break
-_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)  # as plain numbers they are faster
-
-
-def readable(socket: curve.Socket) -> bool:
-    return bool(int(socket.getsockopt(_EVENTS)) & _READABLE)
 
 
 class Post:
@@ -158,19 +153,11 @@ class Post:
         self.progress += 1
 
     def look(self) -> bool:
-        """With the lock, before a wait: whether there was something to do since we sent; it is done."""
+        """With the lock, before a wait: whether we have sent since the sockets were last served; now they are."""
         used, self._used = self._used, False
-        if not used or self._over:
-            return False
-        try:
-            came = [readable(socket) for socket, _ in self._data]  # asking also takes away the sign that there is room
-        except zmq.ZMQError as bug:
-            self._end(self._report(bug))
-            return True
-        if not any(came) and not any(link.touched and link.route is not None for link in self._links.values()):
-            return False
-        self.turn()
-        return True
+        if used:
+            self.turn()
+        return used
 
     def serve(self, seconds: float) -> None:
         """With the lock, which is released meanwhile: wait for the sockets instead of the post, and serve them."""
@@ -360,7 +347,7 @@ class Post:
     def _collect(self, socket: curve.Socket, link: Link | None) -> bool:
         """Take the frames that wait, a dealer's for its `link`, the router's for whom their key says; is that all?"""
         for _ in range(_BURST):
-            if not readable(socket):
+            if not int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return True
             route = None if link else socket.recv(zmq.NOBLOCK, copy=False)
             received = socket.recv(zmq.NOBLOCK, copy=False)

@@ -19,7 +19,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parties import curve, zeromq
+from parties import curve
 from parties.channel import Channel
 from parties.delivery import BEAT, BYE, FIXED, FRAME_LIMIT, MORE, OPEN, PIECE, VERSION, WINDOW, Delivery
 from parties.descriptors import Descriptors
@@ -208,7 +208,7 @@ def test_no_sign_is_lost(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_socket_that_cannot_be_asked_ends_the_transport_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(socket: object) -> bool:
+    def broken(*given: object) -> bool:
         raise zmq.ZMQError(zmq.ENOTSUP)
 
     with pair() as (bank, grocer):
@@ -217,7 +217,7 @@ def test_a_socket_that_cannot_be_asked_ends_the_transport_with_an_error(monkeypa
         grocer.send(b"b", b"", SOON)
         bank.receive(SOON)
         bank.send(b"c", b"", SOON)
-        monkeypatch.setattr(zeromq, "readable", broken)
+        monkeypatch.setattr(Post, "_collect", broken)
         fails(LocalError, "stopped on an internal error", lambda: bank.receive(SOON))
 
 

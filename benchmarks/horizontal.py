@@ -294,7 +294,7 @@ def main() -> None:
     print(f"1,000 clients, one secure round with 32 neighbours each: {figures['simulate_1000_secure_seconds']:.1f} s")
     rounds_ms.append(1000 * round_overhead())
     figures |= {"round_overhead_ms": min(rounds_ms), "round_overhead_runs_ms": rounds_ms}
-    print(f"a round over sockets, ten processes: {', '.join(f'{one:.0f}' for one in rounds_ms)} ms")
+    print(f"a round over sockets, ten clients and a coordinator: {', '.join(f'{one:.0f}' for one in rounds_ms)} ms")
     missed = False
     for name, (target, how) in TARGETS.items():
         if name not in figures:

@@ -85,7 +85,7 @@ class Channel:
         return PeerAborted(text, peer=self.peer, reason=abort.reason)
 
     def receive(self, expected: type[M], timeout: float | None = None) -> M:
-        """The next message, which must be of the `expected` kind.
+        """The next message, which must be of the `expected` kind, or one derived from it.
 
         Raises:
             ProtocolViolation: anything else came, or it is malformed, of another session, or out of order.

@@ -163,18 +163,20 @@ def class_of(name: str) -> str:
 
 
 def decode(header: Header, payload: bytes, expected: type[M]) -> M:
-    """Build the `expected` message. Raises ValueError: another kind, a digest that differs, a value it refuses."""
-    if _REGISTRY[header.kind] is not expected:
-        raise ValueError(f"sent {name_of(header.kind)} where {expected.__name__} is due")
+    """Build the `expected` message, or one of a kind derived from it. Raises ValueError: another kind, a digest that
+    differs, a value it refuses."""
+    found = _REGISTRY[header.kind]
+    if not issubclass(found, expected):
+        raise ValueError(f"sent {found.__name__} where {expected.__name__} is due")
     if len(payload) != header.length or hashlib.sha256(payload).digest() != header.digest:
-        raise ValueError(f"{expected.__name__}: the buffer differs from its header")
-    if header.dtype != expected.dtype or len(header.shape) != expected.ndim:
-        raise ValueError(f"{expected.__name__}: the array's dtype or dimensions differ")
+        raise ValueError(f"{found.__name__}: the buffer differs from its header")
+    if header.dtype != found.dtype or len(header.shape) != found.ndim:
+        raise ValueError(f"{found.__name__}: the array's dtype or dimensions differ")
     try:
-        scalars = _scalar_decoder(expected.kind).decode(header.fields)
+        scalars = _scalar_decoder(found.kind).decode(header.fields)
     except (msgspec.MsgspecError, RecursionError):
-        raise ValueError(f"{expected.__name__}: its fields do not parse") from None
-    values: dict[str, Any] = dict(zip(_scalars(expected.kind), scalars, strict=True))
-    if expected.dtype:
-        values["data"] = np.frombuffer(payload, dtype=expected.dtype).reshape(header.shape)
-    return expected(**values)
+        raise ValueError(f"{found.__name__}: its fields do not parse") from None
+    values: dict[str, Any] = dict(zip(_scalars(found.kind), scalars, strict=True))
+    if found.dtype:
+        values["data"] = np.frombuffer(payload, dtype=found.dtype).reshape(header.shape)
+    return found(**values)

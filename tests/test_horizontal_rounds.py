@@ -29,7 +29,7 @@ from parties.message import CLASSES, PAYLOAD_LIMIT, decode, encode, name_of, par
 from vfl.checkpoint import Bound
 from vfl.horizontal import masking, secure_aggregation
 from vfl.horizontal.client import Admitted, _End, former_session, take_part
-from vfl.horizontal.context import occasion
+from vfl.horizontal.context import Company
 from vfl.horizontal.coordinator import coordinate
 from vfl.horizontal.federated import (
     FederatedLinearRegression,
@@ -39,14 +39,23 @@ from vfl.horizontal.federated import (
 )
 from vfl.horizontal.local import Correction, Objective, Plan, Trained
 from vfl.horizontal.masking import Offer
-from vfl.horizontal.messages import KeyList, KeyOffer, SealedShares, ShareList, SurvivorSignature
+from vfl.horizontal.messages import KeyList, KeyOffer, SealedShares, SurvivorSignature
 from vfl.horizontal.models import FlowerClient, LinearModel, Score, TorchModel
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.report import protection, training, training_rows
-from vfl.horizontal.round_messages import OVER_BUDGET, SIGNED, Admission, Invitation, Ready, Scores, Task, Turn, Update
+from vfl.horizontal.round_messages import (
+    OVER_BUDGET,
+    SIGNED,
+    Admission,
+    Ready,
+    ReadyWithShares,
+    Scores,
+    Task,
+    Turn,
+    Update,
+)
 from vfl.horizontal.round_messages import Table as TableMessage
 from vfl.horizontal.rounds import Collected, checked, combine
-from vfl.horizontal.secure_aggregation import Keys
 from vfl.horizontal.settings import TAIL, Job, Schema
 from vfl.horizontal.simulate import simulate
 from vfl.horizontal.star import Star
@@ -321,7 +330,8 @@ def test_the_coordinator_may_be_a_client_itself() -> None:
 
 @pytest.mark.parametrize("message", range(1, 12))
 def test_whenever_a_client_vanishes_the_others_finish(message: int) -> None:
-    """Its messages: Table, then Ready and four steps of a sum, its score, and so on; the last of them in round 0."""
+    """Its messages: Table, then Ready and the five steps of a sum, its score, Ready and three steps, for keys came
+    ahead; the last of them in round 0."""
     table = Table(own(), {name: Toy() for name in NAMES}, dies={"c2": 1 + message})
     outcome = table.run()
     np.testing.assert_allclose(outcome.weights, 4.0)
@@ -722,8 +732,8 @@ def test_checkpoints_that_are_damaged_or_of_another_job_are_refused(tmp_path: Pa
 # ---- a client that was killed comes back while the others wait, or go on
 
 
-READY = 7 + 5 * 2  # the number of a client's Ready in round 2: after its table, a sum of rows, a score and two rounds
-KILLED = {"Ready": 0, "SealedShares": 1, "MaskedInput": 2, "SurvivorSignature": 3, "Unmasking": 4}
+READY = 8 + 4 * 2  # the number of a client's Ready in round 2: after its table, a sum of rows, a score and two rounds
+KILLED = {"Ready": 0, "MaskedInput": 1, "SurvivorSignature": 2, "Unmasking": 3}  # where keys came ahead
 
 
 def waits(table: Table) -> None:
@@ -784,15 +794,15 @@ def test_a_client_that_agreed_to_open_a_sum_opens_no_second_one_of_it(rounds: in
 def test_every_attempt_has_fresh_keys_and_a_higher_number(tmp_path: Path) -> None:
     x, y = cancer()
     settings, parts = family("fedavg", rounds=4, clients=Clients(quorum=4, deadline=10.0)), dealt(x, y)
-    dies, again = {"c1": READY + KILLED["MaskedInput"]}, {"c1": 2 + KILLED["MaskedInput"]}
-    offers: list[tuple[int, int, bytes]] = []
+    dies, again = {"c1": READY + KILLED["MaskedInput"]}, {"c1": 4}  # its masked input: Table, Ready, keys and shares
+    offers: list[tuple[int, int, str, bytes]] = []
 
     class Watched(Table):
         def _count(self, sender: str, receiver: str, header: bytes, payload: bytes) -> tuple[bytes, bytes]:
-            for kind in (Ready, KeyOffer):
+            for kind in (ReadyWithShares, KeyOffer, SealedShares):
                 if sender == "c1" and parse_header(header).kind == kind.kind:
                     offer = decode(parse_header(header), payload, kind)
-                    offers.append((offer.round, offer.attempt, payload))
+                    offers.append((offer.round, offer.attempt, kind.__name__, payload))
             return super()._count(sender, receiver, header, payload)
 
     class Twice(Watched):
@@ -802,9 +812,10 @@ def test_every_attempt_has_fresh_keys_and_a_higher_number(tmp_path: Path) -> Non
                 self._one(self._new_links(name), name, -1)
 
     same(Twice(settings, parts, dies=dies, again=again, **stored(tmp_path)), settings, parts)
-    repeated = [(number, attempt) for number, attempt, _ in offers if number == 4]  # after rows, score, two rounds
-    assert repeated == [(4, 0), (4, 0), (4, 1), (4, 0), (4, 2)]  # the second and fourth: whoever comes back is ready
-    assert len({keys for _, _, keys in offers}) == len(offers)
+    repeated = [(attempt, kind) for number, attempt, kind, _ in offers if number == 4]  # after rows, score, two rounds
+    exchanged = [(attempt, kind) for attempt in (1, 2) for kind in ("KeyOffer", "SealedShares")]
+    assert repeated == [(0, "ReadyWithShares"), *exchanged]
+    assert len({shown for *_, shown in offers}) == len(offers)
 
 
 def test_without_secure_aggregation_too(tmp_path: Path) -> None:
@@ -942,17 +953,19 @@ def test_a_client_that_calls_its_numbers_fine_and_sends_nan_is_named_and_left_ou
     np.testing.assert_allclose(outcome.weights, 4.0)
 
 
-@pytest.mark.parametrize("dies", [{}, {"c3": 8, "c5": 9}], ids=["nobody", "two"])
+@pytest.mark.parametrize("dies", [{}, {"c3": 10, "c5": 11}], ids=["nobody", "two"])
 def test_on_a_graph_a_client_is_shown_the_keys_of_its_neighbours_only(
     dies: Mapping[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight of eleven; two vanish in the first round, in the midst of a sum."""
-    shown: set[tuple[int, int]] = set()
+    asked, shown = set[int](), set[int]()
     plain = Channel.send
 
     def send(channel: Channel, message: Any, timeout: float | None = None) -> None:
         if isinstance(message, Turn) and message.what == "add":
-            shown.add((len(message.invitation.names), len(message.invitation.table)))
+            asked.add(len(message.names))
+        if isinstance(message, KeyList):
+            shown.add(len(message.data))
         plain(channel, message, timeout)
 
     monkeypatch.setattr(Channel, "send", send)
@@ -961,47 +974,35 @@ def test_on_a_graph_a_client_is_shown_the_keys_of_its_neighbours_only(
     np.testing.assert_allclose(outcome.weights, 4.0)
     left = tuple(name for name in DOZEN if name not in dies)
     assert [one.clients for one in outcome.rounds[1:]] == [left] * 3
-    assert shown == ({(12, 9)} if not dies else {(12, 9), (10, 9)})
+    assert shown == {9} and asked == ({12} if not dies else {12, 10})
 
 
 @pytest.mark.parametrize(
     "forge",
     [
-        lambda occasion, keys: Keys.offer(occasion, KEYS["c2"]).shown,
-        lambda occasion, keys: Keys.offer(bytes(32), KEYS["c1"]).shown,
-        lambda occasion, keys: replace(keys.shown, mask=bytes(32)),
-        lambda occasion, keys: with_sealing(bytes(32), occasion, keys.shown),
-        lambda occasion, keys: with_sealing(keys.shown.mask, occasion, keys.shown),
-        lambda occasion, keys: Offer(b"", b"", b"", b""),
+        lambda company, shown: masking.sign_offer(company, KEYS["c2"], shown),
+        lambda company, shown: masking.sign_offer(replace(company, attempt=1), KEYS["c1"], shown),
+        lambda company, shown: masking.sign_offer(replace(company, subject=bytes(32)), KEYS["c1"], shown),
+        lambda company, shown: masking.sign_offer(company, KEYS["c1"], shown)[32:64] * 5,
+        lambda company, shown: masking.sign_offer(company, KEYS["c1"], replace(shown, sealing=bytes(32))),
+        lambda company, shown: masking.sign_offer(company, KEYS["c1"], replace(shown, sealing=shown.mask)),
     ],
-    ids=["of another", "of another attempt", "altered", "of small order", "twice the same", "none"],
+    ids=["of another", "of another attempt", "of another task", "altered", "small order", "twice the same"],
 )
-def test_a_client_whose_keys_come_forged_with_its_ready_is_named_and_left_out(
-    forge: Callable[[bytes, Keys], Offer], monkeypatch: pytest.MonkeyPatch
+def test_a_client_that_offers_forged_keys_is_named_and_left_out(
+    forge: Callable[[Company, Offer], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[str] = []
-    plain = Keys.offer
+    def sign(company: Company, me: Identity, shown: Offer) -> bytes:
+        return forge(company, shown) if me.name == "c1" else masking.sign_offer(company, me, shown)
 
-    def offer(occasion: bytes, me: Identity, seed: bytes | None = None) -> Keys:
-        made.append(me.name)
-        keys = plain(occasion, me, seed)
-        if me.name != "c1" or made.count("c1") != 2:  # its second: of the first round
-            return keys
-        return replace(keys, shown=forge(occasion, keys))
+    monkeypatch.setattr(secure_aggregation, "sign_offer", sign)
+    named_and_left_out(Table(own(), {name: Toy() for name in NAMES}).run())
 
-    monkeypatch.setattr(Keys, "offer", offer)
-    table = Table(own(), {name: Toy() for name in NAMES})
-    outcome = table.run()
+
+def named_and_left_out(outcome: Any) -> None:
     assert [one.clients for one in outcome.rounds] == [("c0", "c2", "c3")] * 4 and outcome.gone == ("c1",)
     assert outcome.rounds[0].missing["c1"].startswith("c1: ")
     np.testing.assert_allclose(outcome.weights, 4.0)
-    assert isinstance(table.outcomes["c1"], PeerAborted)
-
-
-def with_sealing(key: bytes, occasion: bytes, shown: Offer) -> Offer:
-    """Signed as it should be."""
-    body = key + shown.mask + shown.commitment
-    return Offer(key, shown.mask, shown.commitment, KEYS["c1"].sign(masking.KEYS, occasion + body))
 
 
 def test_a_survivor_whose_signature_is_late_is_told_that_its_numbers_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1035,10 +1036,10 @@ def test_who_broke_the_protocol_in_an_attempt_that_failed_has_no_place_in_the_ne
         def _count(self, sender: str, receiver: str, header: bytes, payload: bytes) -> tuple[bytes, bytes]:
             number = self.sent[sender, receiver]
             header, payload = super()._count(sender, receiver, header, payload)
-            broken = sender == "c1" and number == 8  # its shares of the first round
+            broken = sender == "c1" and number == 9  # its masked input of the first round
             return header, payload[:-1] if broken else payload
 
-    table = Broken(settings, parts, dies={"c2": 8}, again={"c1": -1, "c2": -1}, **stored(tmp_path))
+    table = Broken(settings, parts, dies={"c2": 9}, again={"c1": -1, "c2": -1}, **stored(tmp_path))
     outcome = table.run()
     assert outcome.gone == ("c1",) and all("c1" not in one.clients for one in outcome.rounds)
     assert outcome.rounds[0].attempts == 2 and outcome.rounds[-1].clients == ("c0", "c2", "c3")
@@ -1256,7 +1257,7 @@ def test_a_client_hears_of_no_other_that_was_drawn() -> None:
         patch.setattr(Channel, "receive", receive)
         patch.setattr(Job, "choose", lambda job, number, *given: [number % 3, 3])
         outcome = table.run()
-    assert {one.data.tobytes() for one in heard if isinstance(one, Turn)} == {msgspec.msgpack.encode(Invitation())}
+    assert {one.data.tobytes() for one in heard if isinstance(one, Turn)} == {msgspec.msgpack.encode(())}
     for name, ours in table.outcomes.items():
         assert {other for one in ours.rounds for other in (*one.clients, *one.missing)} <= {name}
         numbers = [one.number for one in outcome.rounds if name in one.clients]
@@ -1505,62 +1506,14 @@ def begin(hub: Channel) -> Ready:
     return hub.receive(Ready)
 
 
-def everybodys(ready: Ready) -> bytes:
-    """The keys of c0, and such as the others offer for the same sum."""
-    settings = own()
-    job = Job(settings, describe(settings, None, Toy()), 4)
-    asked = occasion(Table.session, 0, 0, job.subject(task(0, 0)))
-    return ready.data[1:].tobytes() + b"".join(Keys.offer(asked, KEYS[name]).shown.raw for name in NAMES[1:])
-
-
-def flipped(keys: bytes, at: int) -> bytes:
-    return keys[:at] + bytes([keys[at] ^ 1]) + keys[at + 1 :]
-
-
-@pytest.mark.parametrize(
-    ("alter", "text"),
-    [
-        (lambda keys: flipped(keys, 160), "the keys of c1 are not signed by it for this attempt"),
-        (lambda keys: flipped(keys, 2 * 160 + 150), "the keys of c2 are not signed by it for this attempt"),
-        (lambda keys: keys[:160] + keys[320:480] * 2 + keys[480:], "the keys of c1 are not signed by it"),
-        (lambda keys: flipped(keys, 0), "our own keys did not come back"),
-        (lambda keys: bytes(160) + keys[160:], "our own keys did not come back"),
-        (lambda keys: keys[:320] + bytes(320), "keys of 2 clients where 3 are needed"),
-        (lambda keys: keys[:-160], "3 rows where 4 are due"),
-        (lambda keys: b"", "0 rows where 4 are due"),
-        (lambda keys: keys[:-1], "keys of the wrong length"),
-    ],
-)
-def test_a_coordinator_that_forges_or_keeps_back_keys_of_a_first_attempt_is_refused(
-    alter: Callable[[bytes], bytes], text: str
-) -> None:
-    """They come to the clients with their Turn."""
-
-    def forges(hub: Channel) -> None:
-        hub.send(Turn.of(0, 0, "add", 2.0**24, NAMES, alter(everybodys(begin(hub)))))
-
-    error = cheat(forges, own())
-    assert isinstance(error, ProtocolViolation) and text in str(error)
-
-
-def test_keys_come_with_no_turn_but_that_of_a_first_attempt() -> None:
-    def insists(hub: Channel) -> None:
-        hub.send(Turn.of(0, 1, "add", 2.0**24, NAMES, everybodys(begin(hub))))
-
-    error = cheat(insists, own())
-    assert isinstance(error, ProtocolViolation) and "for which nobody has offered any" in str(error)
-
-
-@pytest.mark.parametrize(
-    "babble", [b"\xc1", b"\x92\x91\xa1\xff\xc4\x00", msgspec.msgpack.encode([["c1"] * (1 << 16 | 1), b""])]
-)
-def test_an_invitation_that_does_not_parse_is_a_violation(babble: bytes) -> None:
+@pytest.mark.parametrize("babble", [b"\xc1", b"\x91\xa1\xff", msgspec.msgpack.encode(["c1"] * (1 << 16 | 1))])
+def test_names_that_do_not_parse_are_a_violation(babble: bytes) -> None:
     def babbles(hub: Channel) -> None:
         begin(hub)
         hub.send(Turn(0, 0, np.frombuffer(babble, np.uint8), "add", 2.0**24))
 
     error = cheat(babbles, own())
-    assert isinstance(error, ProtocolViolation) and "does not parse" in str(error)
+    assert isinstance(error, ProtocolViolation) and "do not parse" in str(error)
 
 
 def test_a_coordinator_that_admits_to_fewer_clients_makes_no_smaller_sum() -> None:
@@ -1579,9 +1532,9 @@ def test_a_coordinator_that_admits_to_fewer_clients_makes_no_smaller_sum() -> No
 def test_how_many_a_sum_has_follows_from_who_signed_the_session(roll: int, admitted: int, least: int) -> None:
     job = Job(Horizontal(), Schema(model="logistic", columns=("a",), classes=(0, 1)), admitted)
     names = tuple(f"c{i}" for i in range(roll))
-    made = job.context(bytes(32), task(0, 0), 0, names, 1.0, roll, False)
+    made = job.company(bytes(32), task(0, 0), 0, names, roll, False)
     assert made.threshold == least
-    with_its_own = job.context(bytes(32), task(0, 0), 0, names, 1.0, roll, True)
+    with_its_own = job.company(bytes(32), task(0, 0), 0, names, roll, True)
     assert 2 * with_its_own.threshold > roll + 1  # against a coordinator that colludes with one of them: itself
 
 
@@ -1603,15 +1556,10 @@ def test_attempts_increase(attempts: tuple[int, int]) -> None:
     """The same attempt with other clients or another bound would be another sum; the difference is an update."""
 
     def repeats(hub: Channel) -> None:
-        keys = everybodys(begin(hub))
-        if attempts[0]:
-            invite(hub, NAMES, attempts[0])
-            hub.receive(KeyOffer)
-            hub.send(KeyList(0, attempts[0], np.empty((0, 160), np.uint8)))  # left out: nothing was opened
-        else:
-            hub.send(Turn.of(0, 0, "add", 2.0**24, NAMES, keys))
-            hub.receive(SealedShares)
-            hub.send(ShareList(0, 0, np.empty((0, 80), np.uint8)))
+        begin(hub)
+        invite(hub, NAMES, attempts[0])
+        hub.receive(KeyOffer)
+        hub.send(KeyList(0, attempts[0], np.empty((0, 160), np.uint8)))  # left out: nothing was opened
         invite(hub, NAMES[:3], attempts[1])
 
     error = cheat(repeats, own())
@@ -1626,7 +1574,7 @@ def test_no_second_sum_of_a_round_is_opened() -> None:
         first = plain(star, until)
         if star.task.stage == "train":
             for name in NAMES[:3]:
-                star._turn(name, "add", 1, 2.0**24, NAMES[:3])
+                star._say(name, Turn.of(star.task.number, 1, "add", 2.0**24, NAMES[:3]))
             for name in NAMES[:3]:
                 with pytest.raises(PeerAborted):
                     star.channels[name].receive(KeyOffer, 5.0)
@@ -1643,7 +1591,7 @@ def test_no_second_sum_of_a_round_is_opened() -> None:
 def test_a_killed_client_helps_to_open_no_second_sum_though_it_is_asked_to(tmp_path: Path) -> None:
     """It says that it has signed; its share of the others' masks would open their sum over other survivors."""
     settings = own(clients=Clients(quorum=4, deadline=0.5))
-    dies = {"c0": 7 + KILLED["SurvivorSignature"]}
+    dies = {"c0": 8 + KILLED["SurvivorSignature"]}
     Table(settings, {name: Toy() for name in NAMES}, dies=dies, **stored(tmp_path)).run()
 
     def insists(hub: Channel) -> None:
@@ -1684,13 +1632,17 @@ def test_a_sum_spoilt_after_it_may_be_open_ends_the_run_instead_of_a_second_one(
     assert isinstance(error, PeerLost) and "opens no second one of the round" in str(error)
 
 
-def test_clients_that_were_given_other_weights_have_no_sum() -> None:
+@pytest.mark.parametrize("again", [True, False])
+def test_clients_that_were_given_other_weights_have_no_sum(again: bool) -> None:
     """Pasquini, Francati and Ateniese (CCS 2022): one client's part shows when the others were asked something else."""
     plain = Star._tell
 
     def unequal(star: Star, names: Any, message: Task) -> list[str]:
         if message.stage != "train":
             return plain(star, names, message)
+        if not again:
+            star.begun, message = None, replace(message, again=False)
+        assert message.again == again
         plain(star, ["c2"], replace(message, data=message.data + 1.0))
         return [*plain(star, [name for name in names if name != "c2"], message), "c2"]
 
@@ -1698,6 +1650,9 @@ def test_clients_that_were_given_other_weights_have_no_sum() -> None:
         patch.setattr(Star, "_tell", unequal)
         table = Table(own(rounds=1), {name: Toy() for name in NAMES})
         outcome = table.run()
+    if again:  # nobody can open what it sealed, and nobody signs what it signs
+        assert isinstance(outcome, PeerLost) and "round 0: c2: 0 shares where 3 are needed" in str(outcome)
+        return
     assert "c2" not in outcome.rounds[0].clients
     assert "not signed by it" in outcome.rounds[0].missing["c2"]
 

@@ -24,7 +24,7 @@ from parties.message import CLASSES, Array, decode, parse_header
 from tests.training import altering, sent, with_data, with_fields
 from vfl.horizontal.attempt import settle
 from vfl.horizontal.context import SIZE_LIMIT, Context, Quantisation
-from vfl.horizontal.masking import KEYS, key_table, mask_key, pairwise_masks, read_offer, rows_of, self_mask, table
+from vfl.horizontal.masking import KEYS, Dealt, mask_key, pairwise_masks, read_offer, rows_of, self_mask, table
 from vfl.horizontal.messages import (
     KeyList,
     KeyOffer,
@@ -37,7 +37,7 @@ from vfl.horizontal.messages import (
     SurvivorSignature,
     Unmasking,
 )
-from vfl.horizontal.secure_aggregation import Aggregate, Keys, Outcome, aggregate, contribute
+from vfl.horizontal.secure_aggregation import Aggregate, Begun, Outcome, aggregate, contribute
 from vfl.horizontal.shamir import recover
 
 STEPS: list[type[Step]] = [KeyOffer, SealedShares, MaskedInput, SurvivorSignature, Unmasking]
@@ -97,12 +97,15 @@ class Star:
         vanish: Mapping[str, int] | None = None,
         before: Callable[[str, int], None] = lambda name, step: None,
         seeds: Mapping[str, bytes] | None = None,
+        dealt: Mapping[str, tuple[Dealt, Array]] | None = None,
+        told: Mapping[str, Context] | None = None,
     ) -> None:
-        """Every client in a thread of its own; `vanish` says before which step one is gone."""
+        """Every client in a thread of its own; `vanish` says before which step one is gone. dealt: for a sum that is
+        begun, by each client that is there; told: who was asked for another sum than the others."""
 
         def run(name: str) -> None:
             channel, link = self.clients[name], self.recorded[name]["hub"]
-            steps = iter(range(5))
+            steps = iter(range(5) if dealt is None else range(2, 5))
             plain_send = Channel.send
 
             def send(message: Any, timeout: float | None = None) -> None:
@@ -114,9 +117,10 @@ class Star:
 
             channel.send = send  # type: ignore[method-assign]
             try:
-                self.outcomes[name] = contribute(
-                    channel, KEYRING[name], PUBLIC, shared, values[name], self.used[name], seed=(seeds or {}).get(name)
-                )
+                asked = (told or {}).get(name, shared)
+                given = (channel, KEYRING[name], PUBLIC, asked, values[name], self.used[name])
+                options = {"seed": (seeds or {}).get(name), "dealt": (dealt or {}).get(name)}
+                self.outcomes[name] = contribute(*given, **options)
             except Exception as error:
                 self.outcomes[name] = error
                 if isinstance(error, ProtocolViolation):
@@ -124,7 +128,8 @@ class Star:
                     channel.abort(error.kind)
                 link.leave()
 
-        self.threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in shared.names]
+        here = shared.names if dealt is None else tuple(dealt)
+        self.threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in here]
         for thread in self.threads:
             thread.start()
 
@@ -139,15 +144,15 @@ class Star:
         values: Mapping[str, np.ndarray],
         owed: dict[str, type[Step]] | None = None,
         seconds: float = 20.0,
+        begun: Begun | None = None,
         **options: Any,
     ) -> Any:
         """One attempt; what the coordinator ends with. `outcomes` has what the clients end with."""
         self.start(shared, values, **options)
         result: Any
         try:
-            result = aggregate(
-                self.hub, PUBLIC, shared, len(next(iter(values.values()))), {} if owed is None else owed, seconds
-            )
+            size, owed = len(next(iter(values.values()))), {} if owed is None else owed
+            result = aggregate(self.hub, PUBLIC, shared, size, owed, seconds, begun=begun)
         except Exception as error:
             result = error
             for name in shared.names:
@@ -334,7 +339,7 @@ def row(position: int, change: Callable[[Array], Any]) -> Callable[[Step], Step]
 
 def forged(owner: str, signer: str, keys: bytes) -> Array:
     """An offer in a client's name, signed by anybody."""
-    body = context().occasion + keys
+    body = context().digest + keys
     return np.frombuffer(keys + KEYRING[signer].sign(KEYS, body), np.uint8)
 
 
@@ -463,7 +468,7 @@ def by_hand(
     gather(MaskedInput)
     tell(Survivors, shown)
     signatures = then(gather(SurvivorSignature))
-    none = np.zeros(64, np.uint8)
+    none = np.zeros(160, np.uint8)
     tell(
         SignatureList,
         lambda i: np.stack([signatures.get(j, none) if i == j or not own_only else none for j in seen]),
@@ -493,39 +498,6 @@ def test_keys_of_another_attempt_are_refused():
     star = Star(tamper=altering("hub", "c01", KeyList, row(2, lambda data: old[2])))
     star.add_up(context(attempt=1), inputs())
     assert "c02 are not signed by it for this attempt" in str(star.outcomes["c01"])
-
-
-def test_keys_that_were_offered_for_another_occasion_join_no_sum():
-    for other in (context(round=4), context(attempt=1), context(subject=bytes([1]) * 32), context(session=bytes(32))):
-        star = Star()
-        given = Keys.offer(other.occasion, KEYRING["c01"])
-        with pytest.raises(ProtocolViolation, match="another occasion"):
-            sum_of = (star.clients["c01"], KEYRING["c01"], PUBLIC, context(), inputs()["c01"], set())
-            contribute(*sum_of, exchanged=(given, np.empty((5, 160), np.uint8)))
-        assert not star.recorded["c01"]["hub"].sent
-
-
-def test_a_sum_with_keys_that_were_offered_before():
-    star, shared, values = Star(), context(), inputs()
-    keys = {name: Keys.offer(shared.occasion, KEYRING[name]) for name in FIVE}
-    offers = {client: keys[name].shown for client, name in enumerate(FIVE)}
-    other = context(names=FIVE[:4])  # who takes part may be known later
-    assert other.occasion == shared.occasion and other.digest != shared.digest
-
-    def run(name: str) -> None:
-        given = (star.clients[name], KEYRING[name], PUBLIC, shared, values[name], star.used[name])
-        shown = key_table(shared, FIVE.index(name), offers)
-        star.outcomes[name] = contribute(*given, exchanged=(keys[name], shown))
-
-    threads = [threading.Thread(target=run, args=(name,)) for name in FIVE]
-    for thread in threads:
-        thread.start()
-    result = aggregate(star.hub, PUBLIC, shared, 7, {}, 20.0, offers=offers)
-    for thread in threads:
-        thread.join()
-    assert result.total.tolist() == plain_sum(values, FIVE, shared.quantisation)
-    assert not any(sent(star.recorded, name, "hub", KeyOffer) for name in FIVE)
-    assert not any(sent(star.recorded, "hub", name, KeyList) for name in FIVE)
 
 
 @pytest.mark.parametrize("answer", [KeyList, ShareList, Survivors, SignatureList])
@@ -567,7 +539,7 @@ def test_a_client_gives_one_share_of_each_of_one_secret_only(dropped):
     star, result = attempt(
         vanish={FIVE[j]: 2 for j in dropped}, seeds={name: name.encode() * 10 + b"xx" for name in FIVE}
     )
-    offers = {j: read_offer(shared.occasion, FIVE[j], PUBLIC[FIVE[j]], offer_of(star, j)) for j in range(5)}
+    offers = {j: read_offer(shared, j, PUBLIC[FIVE[j]], offer_of(star, j)) for j in range(5)}
     for owner in range(5):
         shares = [
             (j + 1, int.from_bytes(star.replies()[FIVE[j]][0].data[owner].tobytes(), "big"))
@@ -750,7 +722,7 @@ def test_the_input_of_one_that_is_said_to_have_dropped_stays_masked():
     outcomes = star.finish()
     assert isinstance(outcomes["c04"], ProtocolViolation)
     shares = [(j + 1, int.from_bytes(seen[j][Unmasking][4].tobytes(), "big")) for j in range(4)]
-    offers = {j: read_offer(shared.occasion, FIVE[j], PUBLIC[FIVE[j]], seen[j][KeyOffer].tobytes()) for j in range(5)}
+    offers = {j: read_offer(shared, j, PUBLIC[FIVE[j]], seen[j][KeyOffer].tobytes()) for j in range(5)}
     key = mask_key(recover(shares, 3, lambda seed: public(seed) == offers[4].mask))
     others = {j: offers[j] for j in range(4)}
     assert looks_uniform(seen[4][MaskedInput] - pairwise_masks(shared, 4, key, others, 8192))
@@ -843,8 +815,12 @@ def test_everything_agreed_is_in_the_digest():
         {"quantisation": Quantisation(8.0, 40)},
         {"names": NAMES[::-1]},
         {"subject": bytes(31) + b"x"},
+        {"former": bytes(31) + b"x"},
     ]
-    assert len({replace(context(NAMES), **change).digest for change in changes}) == len(changes)
+    made = [replace(context(NAMES), **change) for change in changes]
+    assert len({one.full_digest for one in made}) == len(made)
+    assert len({one.digest for one in made}) == len(made) - 2  # shares are sealed before the fixed point is known
+    assert made[0].digest == made[0].origin and made[-1].former == made[-1].origin
 
 
 @pytest.mark.parametrize("degree", [2, 4, 8, 10])

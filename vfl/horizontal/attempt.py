@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import NoReturn, TypeVar
 
@@ -67,7 +67,7 @@ def settle(channels: Mapping[str, Channel], owed: Owed) -> dict[str, ColonnadeEr
 
 
 class Attempt:
-    """The clients that are still in the attempt, and why the others are not."""
+    """The clients that are still in the attempt, at first those that are `here`, and why the others are not."""
 
     def __init__(
         self,
@@ -76,11 +76,14 @@ class Attempt:
         owed: Owed,
         seconds: float,
         lost: dict[str, ColonnadeError],
+        here: Iterable[int],
     ) -> None:
-        if late := owed.keys() & set(context.names):
+        names = {client: context.names[client] for client in here}
+        if late := owed.keys() & set(names.values()):
             raise ValueError(f"{', '.join(sorted(late))} still owe a message; settle first, and leave them out")
         self._lost = lost
-        self._live = {client: channels[name] for client, name in enumerate(context.names)}
+        self._live = {client: channels[name] for client, name in names.items()}
+        self._first = len(names)
         self._context, self._owed, self._seconds = context, owed, seconds
 
     def gather(self, expected: type[Step], check: Callable[[int, Array], T]) -> dict[int, T]:
@@ -132,7 +135,7 @@ class Attempt:
         missing = ", ".join(f"{name} ({error.kind})" for name, error in self._lost.items())
         context = self._context
         raise PeerLost(
-            f"round {context.round}, attempt {context.attempt}: {len(self._live)} of {len(context.names)} clients are "
+            f"round {context.round}, attempt {context.attempt}: {len(self._live)} of {self._first} clients are "
             f"left at {step.__name__}, {context.threshold} are needed, within reach of each other; "
             f"missing: {missing}; nothing was opened"
         )

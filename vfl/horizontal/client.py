@@ -19,7 +19,8 @@ from parties.errors import ColonnadeError, LocalError, PeerAborted, Refused, bla
 from parties.horizontal import Horizontal
 from parties.identity import Identity, PublicIdentity
 from vfl.checkpoint import Bound, Checkpoint, read_checkpoint, write_checkpoint
-from vfl.horizontal.context import Context, occasion
+from vfl.horizontal.context import Company
+from vfl.horizontal.masking import Dealt, Keys, deal
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Client, Outcome, Round, already_done
 from vfl.horizontal.privacy_budget import PrivacyBudget
@@ -31,13 +32,15 @@ from vfl.horizontal.round_messages import (
     Admission,
     Packed,
     Ready,
+    ReadyWithShares,
     Scores,
     Table,
     Task,
     Turn,
+    TurnWithShares,
     Update,
 )
-from vfl.horizontal.secure_aggregation import Keys, contribute
+from vfl.horizontal.secure_aggregation import Ahead, contribute
 from vfl.horizontal.settings import Job, Schema, Spending
 from vfl.horizontal.trainer import Data, Trainer, describe
 
@@ -111,7 +114,7 @@ def take_part(
         when we were killed and came back.
         To the other clients: that we take part, what the weights of a round tell of the sum, and, among those of all,
         the categories that we declare and the classes that we declare or else have. With secure aggregation also in
-        which sums we are.
+        which sums we are, and, when just those who signed the sum before are asked again, that we were asked.
     Raises:
         Refused: our table is not what all others have; the text has the difference.
         LocalError: our rows or our model cannot be trained on.
@@ -175,6 +178,7 @@ class _End:
         self.channel, self.me, self.identities, self.session = channel, me, identities, session
         self.trainer, self.spending = trainer, spending
         self.used: set[bytes] = set()
+        self.ahead: tuple[Ahead, Keys] | None = None
         self.number = self.round = -1  # the newest task's, the newest training's
         self.given: Counter[str] = Counter()  # tasks by stage
         self.signed = self.signed_round = -1  # the newest task whose sum may be open, the newest training
@@ -222,11 +226,15 @@ class _End:
             self.sign(task, job.subject(task))
         elif trains and self.trainer.pending:
             self.save(task)
-        keys = None
-        if level < len(LEVELS) and job.settings.secure:
-            keys = Keys.offer(occasion(self.session, task.number, 0, job.subject(task)), self.me)
-        shown = keys.shown.raw if keys is not None else b""
-        self.channel.send(Ready(task.number, 0, np.frombuffer(bytes([level]) + shown, np.uint8)))
+        ahead, self.ahead, dealt = self.ahead, None, None  # keys are for the sum that follows, or for none
+        if task.again and level < len(LEVELS):
+            with blame(self.channel.peer):
+                dealt = self._deal(task, ahead)
+        code = np.array([level], np.uint8)
+        if dealt is None:
+            self.channel.send(Ready(task.number, 0, code))
+        else:
+            self.channel.send(ReadyWithShares(task.number, 0, np.concatenate([code, dealt.sealed.ravel()])))
         kept, opened, last = False, False, -1
         while not kept and (turn := self._turn(task, level)).what == "add":
             with blame(self.channel.peer):
@@ -235,7 +243,7 @@ class _End:
             if noisy and last >= 0:
                 self.spending.charge(task.round)
             last = turn.attempt
-            opened = self._send(task, turn, job.noised(message) if noisy else message, keys)
+            opened = self._send(task, turn, job.noised(message) if noisy else message, dealt)
             kept = opened and job.settings.secure  # who has unmasked a sum need not be told
         if kept or turn.what == "kept":
             self.trainer.keep()
@@ -257,31 +265,43 @@ class _End:
                 raise ValueError("a bound that was not agreed")
         return turn
 
-    def _send(self, task: Task, turn: Turn, message: NDArray[np.float64], keys: Keys | None) -> bool:
+    def _deal(self, task: Task, known: tuple[Ahead, Keys] | None) -> Dealt:
+        """Shares for those who signed the former sum. Raises ValueError."""
+        if known is None:
+            raise ValueError("asks again those who signed a sum before, and we have not")
+        ahead, own = known
+        names = tuple(ahead.offers)
+        company, us = self._company(task, 0, names, ahead.former), names.index(self.me.name)
+        return deal(company, us, own, {j: ahead.offers[name] for j, name in enumerate(names) if j != us})
+
+    def _send(self, task: Task, turn: Turn, message: NDArray[np.float64], dealt: Dealt | None) -> bool:
         """Whether the coordinator may have opened the sum."""
         settings = self.trainer.job.settings
         if settings.secure:
             with blame(self.channel.peer):
-                invitation = turn.invitation
-                context, shown = self._context(task, turn, invitation.names), invitation.table
-                if turn.attempt and len(shown):
-                    raise ValueError("keys for an attempt for which nobody has offered any")
-            exchanged = None if turn.attempt or keys is None else (keys, shown)
-            sign = partial(self.sign, task)
-            given = (self.channel, self.me, self.identities, context, message, self.used)
-            return bool(contribute(*given, before_signing=sign, exchanged=exchanged).survivors)
+                if not isinstance(turn, TurnWithShares):
+                    company, given = self._company(task, turn.attempt, turn.names), None
+                elif dealt is None:
+                    raise ValueError("shares for an attempt for which we have dealt none")
+                else:
+                    company, given = dealt.company, (dealt, turn.data)
+                context = company.within(turn.bound)
+            terms = (self.channel, self.me, self.identities, context, message, self.used)
+            outcome = contribute(*terms, before_signing=partial(self.sign, task), dealt=given)
+            self.ahead = outcome.ahead
+            return bool(outcome.survivors)
         if settings.compression and task.stage == "train" and self.trainer.packed is not None:
             self.channel.send(Packed(task.number, turn.attempt, self.trainer.packed))
         else:
             self.channel.send(Update(task.number, turn.attempt, message))
         return True
 
-    def _context(self, task: Task, turn: Turn, names: tuple[str, ...]) -> Context:
+    def _company(self, task: Task, attempt: int, names: tuple[str, ...], former: bytes = b"") -> Company:
         """What we agree to: the coordinator says who adds up; how many it takes at least, we know."""
         if any(name not in self.identities for name in names):
             raise ValueError("a sum with clients that the agreement does not have")
         signed, own = len(self.identities), self.channel.peer in names
-        return self.trainer.job.context(self.session, task, turn.attempt, names, turn.bound, signed, own)
+        return self.trainer.job.company(self.session, task, attempt, names, signed, own, former)
 
     # ---- checkpoints
 

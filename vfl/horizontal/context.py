@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import msgspec
@@ -55,28 +55,22 @@ class Quantisation:
         return np.ldexp(words.astype(np.int64).astype(np.float64), -self.fraction_bits)
 
 
-def occasion(session: bytes, round: int, attempt: int, subject: bytes) -> bytes:
-    """What a client's keys are bound to, which it may offer before it is known who takes part; 32 bytes."""
-    plain = msgspec.json.encode([session.hex(), round, attempt, subject.hex()])
-    return hashlib.sha256(b"colonnade/aggregation keys/1" + plain).digest()
-
-
 @dataclass(frozen=True)
-class Context:
-    """One attempt at one secure sum, the same at all who take part.
+class Company:
+    """Who takes part in one attempt at one secure sum, the same at all who do.
 
     names: the clients in agreed order; threshold: the least number of clients in a sum that is opened; subject: what
     the values answer, 32 bytes: clients that were asked different things have no sum.
     degree: None for the complete graph, in which every client shares with every other (Bonawitz et al. 2017); else an
     even k: every client shares and masks with k others only (Bell et al. 2020), the k/2 on either side of it on a ring,
-    in an order that follows from the whole context, of which a coordinator can try many. Take several times log2 of the
+    in an order that follows from the whole company, of which a coordinator can try many. Take several times log2 of the
     number of clients: a client is exposed when more than k/2 of its neighbours collude, and the attempt fails when as
     many drop out.
+    former: the full digest of the sum with whose signatures the keys for this one came; empty: they come in this one.
 
     Raises:
-        Refused: fewer than three clients, a threshold below three or no majority, a degree that is odd or too large, a
-        quantisation in which the sum could wrap around.
-        ValueError: no session id, round or attempt, or a name twice.
+        Refused: fewer than three clients, a threshold below three or no majority, a degree that is odd or too large.
+        ValueError: no session id, round, attempt or digest, or a name twice.
     """
 
     session: bytes
@@ -84,18 +78,19 @@ class Context:
     attempt: int
     names: tuple[str, ...]
     threshold: int
-    quantisation: Quantisation
     degree: int | None = None
     subject: bytes = bytes(32)
+    former: bytes = b""
 
     def __post_init__(self) -> None:
         n = len(self.names)
         if (
             len(self.session) != 32
             or len(self.subject) != 32
+            or len(self.former) not in (0, 32)
             or not (0 <= self.round < 2**31 and 0 <= self.attempt < 2**31)
         ):
-            raise ValueError("a context has a session id and a subject of 32 bytes, a round and an attempt")
+            raise ValueError("a company has a session id, a subject and digests of 32 bytes, a round and an attempt")
         if len(set(self.names)) < n:
             raise ValueError("a client is named twice")
         if n < 3:
@@ -110,13 +105,11 @@ class Context:
             )
         if self.degree is not None and not (0 < self.degree < n - 1 and self.degree % 2 == 0):
             raise Refused(f"{self.degree} is no degree for {n} clients; agree on an even one below {n - 1}, or on none")
-        if self.quantisation.headroom(n) <= 0:
-            raise Refused(f"sums of {n} clients could overflow; agree on a smaller bound or fewer fraction bits")
 
     @cached_property
     def digest(self) -> bytes:
-        q = self.quantisation
-        fields = [
+        """What shares are sealed for."""
+        plain = [
             self.session.hex(),
             self.round,
             self.attempt,
@@ -124,14 +117,19 @@ class Context:
             self.threshold,
             self.degree,
             self.subject.hex(),
+            self.former.hex(),
         ]
-        return hashlib.sha256(
-            b"colonnade/aggregation/1" + msgspec.json.encode([*fields, q.bound, q.fraction_bits])
-        ).digest()
+        return hashlib.sha256(b"colonnade/aggregation company/1" + msgspec.json.encode(plain)).digest()
 
-    @cached_property
-    def occasion(self) -> bytes:
-        return occasion(self.session, self.round, self.attempt, self.subject)
+    @property
+    def origin(self) -> bytes:
+        """What commitments are bound to, and so the keys that go with them; 32 bytes."""
+        return self.former or self.digest
+
+    def within(self, bound: float) -> Context:
+        """With the finest fixed point for values within the bound, once that is known. Raises as `Context` does."""
+        own = {field.name: getattr(self, field.name) for field in fields(Company)}
+        return Context(**own, quantisation=Quantisation.finest(bound, len(self.names)))
 
     @property
     def quorum(self) -> int:
@@ -163,3 +161,24 @@ class Context:
             range(len(self.names)), key=lambda i: hashlib.sha256(self.digest + i.to_bytes(4, "little")).digest()
         )
         return order, [int(place) for place in np.argsort(order)]
+
+
+@dataclass(frozen=True)
+class Context(Company):
+    """All that is agreed on before anybody masks: the company, and the fixed point of the sum.
+
+    Raises Refused: a quantisation in which the sum could wrap around; and what `Company` raises.
+    """
+
+    quantisation: Quantisation = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantisation.headroom(n := len(self.names)) <= 0:
+            raise Refused(f"sums of {n} clients could overflow; agree on a smaller bound or fewer fraction bits")
+
+    @cached_property
+    def full_digest(self) -> bytes:
+        """What masks and signatures are made for."""
+        q = msgspec.json.encode([self.quantisation.bound, self.quantisation.fraction_bits])
+        return hashlib.sha256(b"colonnade/aggregation/1" + self.digest + q).digest()

@@ -27,8 +27,8 @@ from vfl.horizontal.outcome import Outcome
 from vfl.horizontal.privacy_budget import PrivacyBudget
 from vfl.horizontal.round_messages import Table
 from vfl.horizontal.rounds import Leader, Progress, Server, checked, lead, restore
-from vfl.horizontal.settings import Job, Schema, Spending, reference, refuse_differences
-from vfl.horizontal.star import Rejoined, Star, parse_table
+from vfl.horizontal.settings import Job, Schema, Spending, parse_table, reference, refuse_differences
+from vfl.horizontal.star import Rejoined, Star
 from vfl.horizontal.trainer import Data
 
 JOIN = 60.0  # seconds for our own client to end once it was told
@@ -65,8 +65,8 @@ def coordinate(
         With secure aggregation nothing else of an update but its largest number up to a power of 2^8, and that only
         above 2^24; without it, each client's update. With leave_one_out also how the others score without each client.
         To every client: the weights of each round that it is asked in, the number of clients and of rows in all, the
-        categories and classes of all clients' tables together, and with secure aggregation who is in each sum. Who is
-        drawn in secret hears of no other.
+        categories and classes of all clients' tables together, and with secure aggregation who is in each sum, or was
+        asked again with all others of the sum before. Who is drawn in secret hears of no other.
     Raises:
         Refused: the number of clients or a table does not go with what was agreed; the text says which and how.
         PeerLost: a round has fewer clients than its quorum, and who was killed did not come back before its deadline;
@@ -155,6 +155,8 @@ def _client_within(
     def run() -> None:
         try:
             part(inner, me, identities, session_id, settings)
+        except PeerAborted as error:
+            failed.append(error)
         except Exception as error:
             failed.append(error)
             inner.abort(error.kind if isinstance(error, ColonnadeError) else "error")

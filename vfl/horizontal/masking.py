@@ -5,16 +5,15 @@ Client u draws a mask key and a self mask b_u and sends
     y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)   modulo 2^64,
 
 s_uv the Diffie-Hellman secret of u's and v's mask keys (Bonawitz et al., Practical Secure Aggregation for
-Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the context through HKDF and is used
-for one stream or one ciphertext only, which is why nonces are zero. What a client offers is signed for the occasion
-(session, sum, what it asks, attempt), since it may do so before it is known who takes part; all that follows binds
-that too.
+Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the sum through HKDF and is used
+for one stream or one ciphertext only, which is why nonces are zero. What a client offers is signed for that sum and
+attempt, or, together with the survivors of a sum, for the first attempt at the next one.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -31,7 +30,7 @@ from parties.errors import PeerLost, blame
 from parties.identity import Identity, PublicIdentity
 from parties.message import Array
 from psi.curve25519 import SMALL_ORDER, P
-from vfl.horizontal.context import Context
+from vfl.horizontal.context import Company, Context
 from vfl.horizontal.shamir import PRIME, recover, split
 
 Words = NDArray[np.uint64]
@@ -51,8 +50,8 @@ def _stream(key: bytes, size: int) -> bytes:
     return _cipher(key).update(bytes(size))
 
 
-def _commitment(occasion: bytes, name: str, self_seed: int) -> bytes:
-    return _derive(occasion, self_seed.to_bytes(32, "big"), f"commitment {name}")
+def _commitment(origin: bytes, name: str, self_seed: int) -> bytes:
+    return _derive(origin, self_seed.to_bytes(32, "big"), f"commitment {name}")
 
 
 @dataclass(frozen=True)
@@ -112,41 +111,54 @@ def rows_of(near: Sequence[int], data: Array) -> dict[int, bytes]:
 
 @dataclass(frozen=True)
 class Offer:
-    """A client's public keys for one attempt, its commitment to its self mask, and its signature over the occasion and
-    these; 32, 32, 32 and 64 bytes."""
+    """A client's public keys for one attempt and its commitment to its self mask, 32 bytes each."""
 
     sealing: bytes
     mask: bytes
     commitment: bytes
-    signature: bytes
 
     @property
     def raw(self) -> bytes:
-        return self.sealing + self.mask + self.commitment + self.signature
+        return self.sealing + self.mask + self.commitment
+
+    @classmethod
+    def of(cls, raw: bytes) -> Offer:
+        return cls(raw[:32], raw[32:64], raw[64:96])
 
 
-def make_offer(occasion: bytes, me: Identity, drawn: Secrets) -> Offer:
-    sealing = drawn.sealing.public_key().public_bytes_raw()
-    mask = drawn.mask.public_key().public_bytes_raw()
-    commitment = _commitment(occasion, me.name, drawn.self_seed)
-    signature = me.sign(KEYS, occasion + sealing + mask + commitment)
-    return Offer(sealing, mask, commitment, signature)
+@dataclass(frozen=True)
+class Keys:
+    """What a client has drawn for one attempt, and what it shows of it."""
+
+    drawn: Secrets = field(repr=False)
+    shown: Offer
+
+    @classmethod
+    def draw(cls, origin: bytes, name: str, seed: bytes | None = None) -> Keys:
+        """Fresh; a `seed` of 32 bytes replays them."""
+        drawn = Secrets.draw(seed)
+        sealing, mask = (key.public_key().public_bytes_raw() for key in (drawn.sealing, drawn.mask))
+        return cls(drawn, Offer(sealing, mask, _commitment(origin, name, drawn.self_seed)))
 
 
-def read_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes) -> Offer:
+def sign_offer(company: Company, me: Identity, offer: Offer) -> bytes:
+    """The offer and a signature; 160 bytes."""
+    return offer.raw + me.sign(KEYS, company.digest + offer.raw)
+
+
+def read_offer(company: Company, client: int, identity: PublicIdentity, raw: bytes) -> Offer:
     """Raises ValueError: not signed by that client for this attempt."""
-    if not identity.signed(KEYS, occasion + raw[:96], raw[96:]):
-        raise ValueError(f"the keys of {name} are not signed by it for this attempt")
-    return Offer(raw[:32], raw[32:64], raw[64:96], raw[96:])
+    if not identity.signed(KEYS, company.digest + raw[:96], raw[96:]):
+        raise ValueError(f"the keys of {company.names[client]} are not signed by it for this attempt")
+    return Offer.of(raw)
 
 
-def check_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes, taken: set[bytes]) -> Offer:
+def check_keys(name: str, offer: Offer, taken: set[bytes]) -> Offer:
     """At the coordinator; `taken` are the keys offered so far, to which these are added.
 
-    Raises ValueError: as above, a key that is taken, no canonical one, or one of small order, with which every secret
-    would be 0. Others would blame the coordinator for these.
+    Raises ValueError: a key that is taken, no canonical one, or one of small order, with which every secret would be 0.
+    Others would blame the coordinator for these.
     """
-    offer = read_offer(occasion, name, identity, raw)
     for key in (offer.sealing, offer.mask):
         if key in taken:
             raise ValueError(f"{name} offers a key that it or another client has offered already")
@@ -156,21 +168,44 @@ def check_offer(occasion: bytes, name: str, identity: PublicIdentity, raw: bytes
     return offer
 
 
-def key_table(context: Context, client: int, offers: Mapping[int, Offer]) -> Array:
-    """What a client is shown: a row of 160 bytes for each of its neighbourhood."""
-    near = context.neighbourhood(client)
-    return table(near, {other: offers[other].raw for other in near if other in offers}, 160)
-
-
 # ---- step 1: shares, sealed from client to client
 
 
-def make_shares(context: Context, client: int, drawn: Secrets) -> dict[int, bytes]:
-    """For every holder: its share of our mask key, then of our self mask, 32 bytes each."""
-    near = context.neighbourhood(client)
+@dataclass(frozen=True)
+class Dealt:
+    """What a client knows once it has dealt its shares: the others' offers, which shares each holder has of ours, and
+    per neighbour the key to open what it sealed to us. sealed: what we show, (neighbours, 80)."""
+
+    company: Company
+    keys: Keys
+    offers: Mapping[int, Offer]
+    shares: Mapping[int, bytes] = field(repr=False)
+    openers: Mapping[int, bytes] = field(repr=False)
+    sealed: Array
+
+
+def deal(company: Company, client: int, keys: Keys, offers: Mapping[int, Offer]) -> Dealt:
+    """To every neighbour in `offers`: its share of our mask key, then of our self mask, sealed.
+
+    Raises ValueError: too few neighbours, a key that came twice, one of small order.
+    """
+    near = company.neighbourhood(client)
+    if len(offers) + 1 < company.quorum:
+        raise ValueError(f"keys of {len(offers) + 1} clients where {company.quorum} are needed")
+    seen = [key for offer in (keys.shown, *offers.values()) for key in (offer.sealing, offer.mask)]
+    if len(set(seen)) < len(seen):
+        raise ValueError("a key came twice")
+    shares, sealed, openers = _make_shares(company, near, keys.drawn), {}, {}
+    for other, offer in offers.items():
+        ours, openers[other] = _agree(company, client, other, keys.drawn.sealing, offer.sealing)
+        sealed[other] = ChaCha20Poly1305(ours).encrypt(bytes(12), shares[other], None)
+    return Dealt(company, keys, offers, shares, openers, table(near, sealed, 80))
+
+
+def _make_shares(company: Company, near: Sequence[int], drawn: Secrets) -> dict[int, bytes]:
     holders = [holder + 1 for holder in near]
     of_mask, of_self = (
-        split(seed, context.quorum, holders, drawn.coefficients(context.quorum - 1))
+        split(seed, company.quorum, holders, drawn.coefficients(company.quorum - 1))
         for seed in (drawn.mask_seed, drawn.self_seed)
     )
     return {
@@ -178,22 +213,27 @@ def make_shares(context: Context, client: int, drawn: Secrets) -> dict[int, byte
     }
 
 
-def agree(context: Context, client: int, drawn: Secrets, offers: Mapping[int, Offer]) -> dict[int, tuple[bytes, bytes]]:
-    """Two keys for each neighbour: for what we seal to it, and for what it seals to us.
-
-    Raises ValueError: a key of small order.
-    """
-    keys = {}
-    for other, offer in offers.items():
-        shared = drawn.sealing.exchange(X25519PublicKey.from_public_bytes(offer.sealing))
-        low, high = sorted((client, other))
-        both = _derive(context.digest, shared, f"shares {low} {high}", 64)  # from low to high, from high to low
-        keys[other] = (both[:32], both[32:]) if client == low else (both[32:], both[:32])
-    return keys
+def _agree(company: Company, client: int, other: int, ours: X25519PrivateKey, theirs: bytes) -> tuple[bytes, bytes]:
+    """Two keys: for what we seal to the other, and for what it seals to us. Raises ValueError: one of small order."""
+    shared = ours.exchange(X25519PublicKey.from_public_bytes(theirs))
+    low, high = sorted((client, other))
+    both = _derive(company.digest, shared, f"shares {low} {high}", 64)  # from low to high, from high to low
+    return (both[:32], both[32:]) if client == low else (both[32:], both[:32])
 
 
-def seal(key: bytes, shares: bytes) -> bytes:
-    return ChaCha20Poly1305(key).encrypt(bytes(12), shares, None)
+def dealt_rows(company: Company, client: int, known: Iterable[int], data: Array) -> dict[int, bytes]:
+    """At the coordinator: what a client has sealed to whom. Raises ValueError."""
+    near = company.neighbourhood(client)
+    rows = rows_of(near, data)
+    if rows.keys() != set(near).intersection(known) - {client}:  # else masks would not cancel
+        raise ValueError("shares for others than those whose keys it has")
+    return rows
+
+
+def share_table(company: Company, client: int, sealed: Mapping[int, Mapping[int, bytes]]) -> Array:
+    """What its neighbours have sealed to a client, (neighbours, 80)."""
+    near = company.neighbourhood(client)
+    return table(near, {j: sealed[j][client] for j in near if client in sealed.get(j, ())}, 80)
 
 
 def unseal(key: bytes, sealed: bytes) -> bytes | None:
@@ -209,7 +249,7 @@ def unseal(key: bytes, sealed: bytes) -> bytes | None:
 
 def self_mask(context: Context, client: int, self_seed: int, size: int) -> Words:
     """PRG(b_u), (size,)."""
-    key = _derive(context.digest, self_seed.to_bytes(32, "big"), f"self {client}")
+    key = _derive(context.full_digest, self_seed.to_bytes(32, "big"), f"self {client}")
     return np.frombuffer(_stream(key, 8 * size), "<u8")
 
 
@@ -221,7 +261,7 @@ def pairwise_masks(
     for other, offer in offers.items():
         shared = key.exchange(X25519PublicKey.from_public_bytes(offer.mask))
         low, high = sorted((client, other))
-        _cipher(_derive(context.digest, shared, f"mask {low} {high}")).update_into(zeros, mask.view(np.uint8).data)
+        _cipher(_derive(context.full_digest, shared, f"mask {low} {high}")).update_into(zeros, mask.view(np.uint8).data)
         if client == low:
             total += mask
         else:
@@ -229,23 +269,23 @@ def pairwise_masks(
     return total
 
 
-# ---- step 3: the survivors
+# ---- step 3: the survivors, and the keys for the next sum
 
 
-def sign_survivors(context: Context, client: int, me: Identity, survivors: Array) -> bytes:
-    return me.sign(SURVIVORS, _statement(context, client, survivors))
+def sign_survivors(context: Context, client: int, me: Identity, survivors: Array, ahead: Offer) -> bytes:
+    """Our keys for the next sum, and a signature under these and the survivors; 160 bytes."""
+    return ahead.raw + me.sign(SURVIVORS, _statement(context, client, survivors, ahead.raw))
 
 
-def check_survivors(
-    context: Context, client: int, identity: PublicIdentity, survivors: Array, signature: bytes
-) -> None:
-    """Raises ValueError: the client did not sign these survivors in this attempt."""
-    if not identity.signed(SURVIVORS, _statement(context, client, survivors), signature):
+def read_survivors(context: Context, client: int, identity: PublicIdentity, survivors: Array, raw: bytes) -> Offer:
+    """The client's keys for the next sum. Raises ValueError: it did not sign these survivors in this attempt."""
+    if not identity.signed(SURVIVORS, _statement(context, client, survivors, raw[:96]), raw[96:]):
         raise ValueError(f"{context.names[client]} has not signed these survivors of this attempt")
+    return Offer.of(raw)
 
 
-def _statement(context: Context, client: int, survivors: Array) -> bytes:
-    return context.digest + client.to_bytes(4, "little") + survivors.tobytes()
+def _statement(context: Context, client: int, survivors: Array, ahead: bytes) -> bytes:
+    return context.full_digest + client.to_bytes(4, "little") + survivors.tobytes() + ahead
 
 
 # ---- step 4: the sum
@@ -286,7 +326,7 @@ def _seed(
 
     def fits(seed: int) -> bool:
         if survived:
-            return _commitment(context.occasion, context.names[owner], seed) == offer.commitment
+            return _commitment(context.origin, context.names[owner], seed) == offer.commitment
         return mask_key(seed).public_key().public_bytes_raw() == offer.mask
 
     holders = [

@@ -33,10 +33,7 @@ class Step(Message):
 @kind(310, "control", "|u1", 1)
 @dataclass(frozen=True, eq=False)
 class KeyOffer(Step):
-    """u -> C: an X25519 key for sealing shares, one for pairwise masks, a commitment to the self mask; signed.
-
-    Those of a first attempt come with u's Ready, and go to the others with C's Turn instead of a KeyList.
-    """
+    """u -> C: an X25519 key for sealing shares, one for pairwise masks, a commitment to the self mask; signed."""
 
     width = 160
 
@@ -85,17 +82,17 @@ class Survivors(Step):
 @kind(316, "control", "|u1", 1)
 @dataclass(frozen=True, eq=False)
 class SurvivorSignature(Step):
-    """u -> C: Ed25519 over the context, u and the survivors."""
+    """u -> C: u's keys for the next sum, as in a KeyOffer; Ed25519 over the context, u, the survivors and these."""
 
-    width = 64
+    width = 160
 
 
 @kind(317, "control", "|u1", 2)
 @dataclass(frozen=True, eq=False)
 class SignatureList(Step):
-    """C -> u: the signatures of u's neighbourhood."""
+    """C -> u: what u's neighbourhood has signed, and the signatures."""
 
-    width = 64
+    width = 160
 
 
 @kind(318, "aggregate", "|u1", 2)

@@ -1,13 +1,13 @@
 """The conversation around a sum, in order. C is the coordinator, u a client; secure aggregation fits in after a Turn.
 
     0  u -> C   Table              C -> u   Admission        columns, units, classes: the same at all
-    1  C -> u   Task               u -> C   Ready            once the client has computed what the sum needs of it;
-                                                             with its keys for the first attempt at a secure sum
-    2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation; with the keys of
-                                            all for the first attempt, which begins with its second step
+    1  C -> u   Task               u -> C   Ready            once the client has computed what the sum needs of it
+    2  C -> u   Turn "add"         u -> C   Update, Packed, or the five steps of secure aggregation
     3  C -> u   Turn "kept"                                  the sum has it; or "left out", or "add" for another attempt
 
-With secure aggregation "kept" is only for who signed the sum too late to unmask it: the others know.
+With secure aggregation "kept" is only for who signed the sum too late to unmask it: the others know. When just those
+who signed the former sum are asked again (Task: again), they have each other's keys: shares go with ReadyWithShares,
+those of the others come with TurnWithShares, and of the five steps the first two are done.
 
 A Task that asks for no sum: "score" is answered by Scores; "finish" by nothing.
 """
@@ -15,14 +15,14 @@ A Task that asks for no sum: "score" is answered by Scores; "finish" by nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from parties.message import Array, Message, kind
-from vfl.horizontal.messages import KeyList, KeyOffer, Step
+from vfl.horizontal.messages import SealedShares, ShareList, Step
 from vfl.horizontal.models import Score
 
 STAGES = ("rows", "means", "scales", "train", "score", "finish")
@@ -57,7 +57,8 @@ class Admission(Message):
 @dataclass(frozen=True, eq=False)
 class Task(Message):
     """C -> u: what to compute. `number` counts the sums of a session, `round` those of training; clients and rows are
-    of all together, once known; data: the scaler's means and variances, if any, then the strategy's vectors."""
+    of all together, once known; data: the scaler's means and variances, if any, then the strategy's vectors. again:
+    just those are asked who signed the former secure sum, all of whom have unmasked it."""
 
     number: int
     round: int
@@ -65,6 +66,7 @@ class Task(Message):
     clients: int
     rows: int
     data: Array
+    again: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,63 +79,81 @@ class Task(Message):
 @kind(333, "control", "|u1", 1)
 @dataclass(frozen=True, eq=False)
 class Ready(Step):
-    """u -> C: one byte: which of LEVELS holds for u's numbers, or why it has none; then, for a secure sum, u's keys for
-    the first attempt, as in a KeyOffer."""
+    """u -> C: one byte: which of LEVELS holds for u's numbers, or why it has none."""
+
+    width: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.data) not in (1, 1 + KeyOffer.width) or int(self.data[0]) not in (*range(len(LEVELS)), *REASONS):
+        if int(self.data[0]) not in (*range(len(LEVELS)), *REASONS):
             raise ValueError("neither ready nor a known reason")
-        if len(self.data) > 1 and self.declines:
-            raise ValueError("keys for a sum that it takes no part in")
 
     @property
-    def declines(self) -> bool:
-        return bool(self.data[0] >= len(LEVELS))
+    def code(self) -> int:
+        return int(self.data[0])
 
 
-class Invitation(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
-    """To a secure sum: who adds up, in order; and for its first attempt their keys, rows as in a KeyList."""
+@kind(338, "ciphertext", "|u1", 1)
+@dataclass(frozen=True, eq=False)
+class ReadyWithShares(Ready):
+    """u -> C, where keys came with the former sum: the byte, then rows as in SealedShares."""
 
-    names: Annotated[tuple[str, ...], Meta(max_length=1 << 16)] = ()  # more would only fill the memory of who reads it
-    keys: bytes = b""
+    width = 0
+
+    def __post_init__(self) -> None:
+        if len(self.data) % SealedShares.width != 1:
+            raise ValueError(f"a byte and rows of {SealedShares.width}")
+        super().__post_init__()
+        if self.code >= len(LEVELS):
+            raise ValueError("shares for a sum that it takes no part in")
 
     @property
-    def table(self) -> Array:
-        """The keys (n, 160). Raises ValueError."""
-        if len(self.keys) % KeyList.width:
-            raise ValueError("keys of the wrong length")
-        return np.frombuffer(self.keys, np.uint8).reshape(-1, KeyList.width)
+    def shares(self) -> Array:
+        """(clients, 80)."""
+        return self.data[1:].reshape(-1, SealedShares.width)
+
+
+Names = Annotated[tuple[str, ...], Meta(max_length=1 << 16)]  # more would only fill the memory of who reads it
 
 
 @kind(334, "control", "|u1", 1)
 @dataclass(frozen=True, eq=False)
 class Turn(Step):
-    """C -> u: "add": send your numbers, within the bound; data: an Invitation, msgpack. "kept": the sum has them.
-    "left out": it has not."""
+    """C -> u: "add": send your numbers, within the bound; data: for a secure sum who does, in order, msgpack. "kept":
+    the sum has them. "left out": it has not."""
 
     what: str
     bound: float
 
     @classmethod
-    def of(
-        cls, number: int, attempt: int, what: str, bound: float = 1.0, names: tuple[str, ...] = (), keys: bytes = b""
-    ) -> Turn:
-        data = np.frombuffer(msgspec.msgpack.encode(Invitation(names, keys)), np.uint8)
-        return cls(number, attempt, data, what, bound)
+    def of(cls, number: int, attempt: int, what: str, bound: float = 1.0, names: tuple[str, ...] = ()) -> Turn:
+        return cls(number, attempt, np.frombuffer(msgspec.msgpack.encode(names), np.uint8), what, bound)
 
     @property
-    def invitation(self) -> Invitation:
+    def names(self) -> tuple[str, ...]:
         """Raises ValueError."""
         try:
-            return msgspec.msgpack.decode(self.data.tobytes(), type=Invitation)
+            return msgspec.msgpack.decode(self.data.tobytes(), type=Names)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            raise ValueError("the invitation of its turn does not parse") from None
+            raise ValueError("the names of its turn do not parse") from None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.what not in ("add", "kept", "left out") or not 0 < self.bound < 2.0**62:
             raise ValueError("neither a turn nor a bound")
+
+
+@kind(339, "ciphertext", "|u1", 2)
+@dataclass(frozen=True, eq=False)
+class TurnWithShares(Turn):
+    """C -> u: "add" at a first attempt for which u has dealt its shares; data: those for u, as in a ShareList."""
+
+    width = ShareList.width
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.what != "add" or self.attempt:
+            raise ValueError("shares where none are due")
 
 
 @kind(335, "plaintext", "<f8", 1)

@@ -17,12 +17,12 @@ from parties.errors import LocalError, Refused
 from parties.horizontal import MOST_CATEGORIES, Horizontal, Words
 from vfl.horizontal.accounting import noise_multiplier, sampled
 from vfl.horizontal.categories import encoder, expanded, union
-from vfl.horizontal.context import Context, Quantisation
+from vfl.horizontal.context import Company
 from vfl.horizontal.local import Objective, Plan
 from vfl.horizontal.newton import Exact, scaler
 from vfl.horizontal.privacy import GaussianMechanism
 from vfl.horizontal.privacy_budget import PrivacyBudget
-from vfl.horizontal.round_messages import Task
+from vfl.horizontal.round_messages import Table, Task
 from vfl.horizontal.strategies import Part, Strategy, kept, strategy
 from vfl.losses import Matrix, Vector
 
@@ -81,6 +81,14 @@ class Schema(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 def _first(mine: Sequence[str], theirs: Sequence[str]) -> str:
     return next(a for a, b in zip(mine, theirs, strict=True) if a != b)
+
+
+def parse_table(message: Table) -> Schema:
+    """Raises ValueError."""
+    try:
+        return msgspec.json.decode(message.data.tobytes(), type=Schema)
+    except (msgspec.MsgspecError, RecursionError):
+        raise ValueError("the description of its table does not parse") from None
 
 
 def reference(settings: Horizontal, tables: Mapping[str, Schema]) -> Schema:
@@ -227,26 +235,25 @@ class Job:
         asks, makes it no smaller."""
         return self.settings.needed(self.settings.clients.asked(roll) if stage == "train" else roll)
 
-    def context(
-        self, session: bytes, task: Task, attempt: int, names: tuple[str, ...], bound: float, roll: int, own: bool
-    ) -> Context:
-        """The terms of a secure sum, which coordinator and clients work out each by itself.
+    def company(
+        self,
+        session: bytes,
+        task: Task,
+        attempt: int,
+        names: tuple[str, ...],
+        roll: int,
+        own: bool,
+        former: bytes = b"",
+    ) -> Company:
+        """Who adds up in a secure sum, and on what terms: coordinator and clients work that out each by itself.
 
-        roll: how many signed the session; own: the coordinator is among the names. Raises as `Context` does.
+        roll: how many signed the session; own: the coordinator is among the names. Raises as `Company` does.
         """
         s = self.settings
         asked = s.clients.asked(roll) if task.stage == "train" else roll
         degree = s.degree if s.degree < len(names) - 1 else 0
-        return Context(
-            session,
-            task.number,
-            attempt,
-            names,
-            s.threshold(asked, len(names), own),
-            Quantisation.finest(bound, len(names)),
-            degree or None,
-            self.subject(task),
-        )
+        threshold = s.threshold(asked, len(names), own)
+        return Company(session, task.number, attempt, names, threshold, degree or None, self.subject(task), former)
 
     def subject(self, task: Task) -> bytes:
         """What a task asks, 32 bytes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import msgspec
@@ -18,8 +18,7 @@ from parties.identity import PublicIdentity
 from vfl.horizontal.attempt import Owed, settle
 from vfl.horizontal.client import Admitted
 from vfl.horizontal.compression import compressor
-from vfl.horizontal.context import occasion
-from vfl.horizontal.masking import Offer, check_offer, key_table
+from vfl.horizontal.context import Company
 from vfl.horizontal.messages import Step
 from vfl.horizontal.models import Score
 from vfl.horizontal.round_messages import (
@@ -30,15 +29,17 @@ from vfl.horizontal.round_messages import (
     Admission,
     Packed,
     Ready,
+    ReadyWithShares,
     Scores,
     Table,
     Task,
     Turn,
+    TurnWithShares,
     Update,
 )
 from vfl.horizontal.rounds import Collected, combine, diverged
-from vfl.horizontal.secure_aggregation import Course, aggregate
-from vfl.horizontal.settings import TAIL, Job, Schema
+from vfl.horizontal.secure_aggregation import Ahead, Begun, Course, aggregate
+from vfl.horizontal.settings import TAIL, Job, Schema, parse_table
 
 S = TypeVar("S", bound=Step)
 LOOK = 0.01  # seconds for a client that may not have answered yet, while others may have
@@ -65,9 +66,8 @@ class Star:
     task: Task = field(default_factory=lambda: Task(0, 0, "rows", 1, 0, np.empty(0)))
     asked: Sequence[str] = ()
     codes: dict[str, int] = field(default_factory=dict)  # what each one's Ready said
-    offers: dict[str, Offer] = field(default_factory=dict)  # and its keys for the first attempt, at this occasion
-    occasion: bytes = b""
-    taken: set[bytes] = field(default_factory=set)  # keys that somebody offered
+    ahead: Ahead | None = None  # the keys of those who signed the former sum
+    begun: Begun | None = None  # what they have dealt with these for this one
     unheard: Sequence[str] = ()  # survivors that have not heard that the sum is opened
     waiting: list[str] = field(default_factory=list)  # for their turn
     missing: dict[str, str] = field(default_factory=dict)
@@ -87,11 +87,13 @@ class Star:
         if task.stage == "train" and settings.clients.rate < 1 and any(map(self._free, self.channels)):
             self.needed = 0  # that nobody was drawn, or came of those, is as good: the sum's divisor is fixed
         self.codes, self.waiting, self.missing, self.seconds, self.unheard = {}, [], {}, {}, ()
-        if settings.secure:
-            self.occasion = occasion(self.session, task.number, 0, self.job.subject(task))
-            self.offers, self.taken = {}, set()
         self._settle(names, began + settings.clients.deadline)
-        self._enough(self._present(names))
+        self._enough(present := self._present(names))
+        ahead, self.ahead, self.begun = self.ahead, None, None
+        if ahead is not None and ahead.offers.keys() == set(present):
+            company = self._company(0, tuple(ahead.offers), ahead.former)
+            self.begun = Begun(company, tuple(ahead.offers.values()))
+            self.task = replace(task, again=True)
         until = time.monotonic() + settings.clients.deadline
         self._ask(names, until)
         if self.codes and set(self.codes.values()) <= {NOT_FINITE, TOO_LARGE}:
@@ -144,17 +146,15 @@ class Star:
         self.waiting = [name for name in self.channels if self.codes.get(name, NOT_FINITE) < len(LEVELS)]
 
     def _note(self, name: str, ready: Ready) -> None:
-        """Raises ValueError: without keys where they are due, or not its own."""
-        code = int(ready.data[0])
-        if ready.declines:
-            self.missing[name] = REASONS[code]
+        """Raises ValueError: without shares where they are due, or with them where they are not."""
+        if ready.code >= len(LEVELS):
+            self.missing[name] = REASONS[ready.code]
             self._turn(name, "left out")
-        elif self.job.settings.secure:
-            keys, identity = ready.data[1:].tobytes(), self.identities[name]
-            self.offers[name] = check_offer(self.occasion, name, identity, keys, self.taken)
-        elif len(ready.data) > 1:
-            raise ValueError("keys for a sum in clear")
-        self.codes[name] = code
+        elif isinstance(ready, ReadyWithShares) != (self.begun is not None):
+            raise ValueError("shares where none are due, or none where they are")
+        elif self.begun is not None and isinstance(ready, ReadyWithShares):
+            self.begun.take(name, ready.shares)
+        self.codes[name] = ready.code
 
     def _settle(self, names: Sequence[str], until: float) -> None:
         """Before a task: late and killed clients come back, before the deadline if too few are there without them."""
@@ -229,6 +229,8 @@ class Star:
             self.gone.pop(name, None)
             self._out(name)
             back.append(name)
+        if back:  # they know no keys
+            self.task, self.ahead, self.begun = replace(self.task, again=False), None, None
         return back
 
     def _out(self, name: str) -> None:
@@ -251,7 +253,7 @@ class Star:
         for attempt in range(clients.attempts):
             roll = self._roll(until, list(parts))
             for name in roll:
-                self._turn(name, "add", attempt, self._bound(roll))
+                self._say(name, Turn.of(self.task.number, attempt, "add", self._bound(roll)))
             until = time.monotonic() + clients.deadline
             for name, message in self._gather(roll, Packed if packed else Update, until):
                 try:
@@ -285,18 +287,21 @@ class Star:
         clients, length = self.job.settings.clients, self.job.length(self.task.stage, self.task.round)
         for attempt in range(clients.attempts):
             roll = tuple(self._roll(until))
-            signed, own, bound = len(self.identities), self.me in roll, self._bound(roll)
-            context = self.job.context(self.session, self.task, attempt, roll, bound, signed, own)
-            course, offers = Course(), None  # of a later attempt keys come now
-            if not attempt:
-                offers = {client: self.offers[name] for client, name in enumerate(roll)}
-            for client, name in enumerate(roll):
-                shown = b"" if offers is None else key_table(context, client, offers).tobytes()
-                self._turn(name, "add", attempt, bound, roll, shown)
+            begun, self.begun, course, bound = self.begun, None, Course(), self._bound(roll)
+            company, number = self._company(attempt, roll), self.task.number
+            if begun is not None and begun.company.threshold > company.threshold:
+                begun = None  # with fresh keys more may drop out
+            if begun is not None:
+                begun.keep(roll)
+                company = begun.company
+            for name in roll:
+                turn = Turn.of(number, attempt, "add", bound, roll)
+                if begun is not None:
+                    turn = TurnWithShares(number, attempt, begun.shown(name), "add", bound)
+                self._say(name, turn)
+            context, deadline = company.within(bound), clients.deadline
             try:
-                done = aggregate(
-                    self.channels, self.identities, context, length, self.owed, clients.deadline, course, offers
-                )
+                done = aggregate(self.channels, self.identities, context, length, self.owed, deadline, course, begun)
             except (PeerLost, ProtocolViolation) as error:
                 self._lose(course.lost)
                 self.missing |= {error.peer: str(error)} if error.peer else {}
@@ -310,9 +315,13 @@ class Star:
                 last, until = error, time.monotonic() + clients.deadline
                 continue
             self._lose(course.lost)
-            self.unheard = course.unheard
+            self.unheard, self.ahead = course.unheard, done.ahead
             return done.total, done.survivors, attempt
         raise PeerLost(f"round {self.task.round}: {clients.attempts} attempts failed, the last one so: {last}")
+
+    def _company(self, attempt: int, names: tuple[str, ...], former: bytes = b"") -> Company:
+        own = self.me in names
+        return self.job.company(self.session, self.task, attempt, names, len(self.identities), own, former)
 
     def _lose(self, lost: Mapping[str, ColonnadeError]) -> None:
         """Whom an attempt was made without."""
@@ -336,12 +345,13 @@ class Star:
                 self._leave(name, error)
         return told
 
-    def _turn(
-        self, name: str, what: str, attempt: int = 0, bound: float = 1.0, roll: tuple[str, ...] = (), keys: bytes = b""
-    ) -> None:
+    def _turn(self, name: str, what: str) -> None:
+        self._say(name, Turn.of(self.task.number, 0, what))
+
+    def _say(self, name: str, turn: Turn) -> None:
         """Tell a client how it goes on; who is gone shows when its answer is read."""
         with suppress(PeerLost, PeerAborted):
-            self.channels[name].send(Turn.of(self.task.number, attempt, what, bound, roll, keys))
+            self.channels[name].send(turn)
 
     def _gather(self, names: Sequence[str], expected: type[S], until: float) -> Iterator[tuple[str, S]]:
         """Each client's message, while it comes before the common deadline; the others are out of the sum. In the order
@@ -389,11 +399,3 @@ class Star:
         missing = "; ".join(f"{name}: {reason}" for name, reason in self.missing.items()) or "nobody answered"
         stand = f"{len(left)} clients are left, {self.needed} are needed"
         raise PeerLost(f"round {self.task.round}, {self.task.stage}: {stand}; missing: {missing}")
-
-
-def parse_table(message: Table) -> Schema:
-    """Raises ValueError."""
-    try:
-        return msgspec.json.decode(message.data.tobytes(), type=Schema)
-    except (msgspec.MsgspecError, RecursionError):
-        raise ValueError("the description of its table does not parse") from None

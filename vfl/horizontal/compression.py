@@ -105,6 +105,17 @@ def _blocks(values: Vector) -> NDArray[np.float64]:
     return np.pad(values, (0, -len(values) % BLOCK)).reshape(-1, BLOCK)
 
 
+def unpacked(kind: str, data: Bytes, size: int, exact: int) -> Vector:
+    """A message, (size,), of which the last `exact` numbers come first, as float64, and then the rest, compressed.
+
+    Raises ValueError for bytes that cannot be one.
+    """
+    numbers = np.frombuffer(data[: 8 * exact].tobytes(), "<f8")
+    if len(numbers) != exact or not np.isfinite(numbers).all():
+        raise ValueError("no weight and score before its update")
+    return np.concatenate([compressor(kind).decode(data[8 * exact :], size - exact), numbers])
+
+
 def compressor(text: str) -> Compressor:
     """From `topk:0.01`, `8bit` or `4bit`. Raises LocalError for any other text."""
     kind, _, number = text.partition(":")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from parties.errors import LocalError, PeerLost
 from parties.horizontal import Horizontal
 from parties.workers import Workers
-from vfl.horizontal.compression import compressor
+from vfl.horizontal.compression import unpacked
 from vfl.horizontal.layout import shared
 from vfl.horizontal.models import Model, Score
 from vfl.horizontal.outcome import Outcome
@@ -118,9 +118,8 @@ class Fleet:
             self.trainers[name].pending = answer.pending
             message = answer.message
             if packs and answer.packed is not None:
-                head, data = answer.packed[: 8 * (TAIL + 1)], answer.packed[8 * (TAIL + 1) :]
-                update = compressor(settings.compression).decode(data, len(message) - TAIL - 1)
-                message, size = np.concatenate([update, head.view("<f8")]), size + len(answer.packed)
+                message = unpacked(settings.compression, answer.packed, len(message), TAIL + 1)
+                size += len(answer.packed)
             else:
                 size += message.nbytes
             if settings.private and task.stage == "train" and settings.privacy.noise == "local":

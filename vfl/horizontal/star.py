@@ -17,7 +17,7 @@ from parties.errors import ColonnadeError, PeerAborted, PeerLost, ProtocolViolat
 from parties.identity import PublicIdentity
 from vfl.horizontal.attempt import Owed, settle
 from vfl.horizontal.client import Admitted
-from vfl.horizontal.compression import compressor
+from vfl.horizontal.compression import unpacked
 from vfl.horizontal.context import Company
 from vfl.horizontal.messages import Step
 from vfl.horizontal.models import Score
@@ -273,11 +273,7 @@ class Star:
         """Raises ValueError: of another length than is due."""
         length, numbers = self.job.length(self.task.stage, self.task.round), message.data
         if isinstance(message, Packed):
-            head = np.frombuffer(numbers[: 8 * (TAIL + 1)].tobytes(), "<f8")
-            if len(head) != TAIL + 1 or not np.isfinite(head).all():
-                raise ValueError("no weight and score before its update")
-            update = compressor(self.job.settings.compression).decode(numbers[8 * (TAIL + 1) :], length - TAIL - 1)
-            numbers = np.concatenate([update, head])
+            numbers = unpacked(self.job.settings.compression, numbers, length, TAIL + 1)
         if len(numbers) != length:
             raise ValueError(f"{len(numbers)} numbers where {length} are due")
         return numbers

@@ -13,7 +13,7 @@ attempt, or, together with the survivors of a sum, for the first attempt at the 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -221,11 +221,11 @@ def _agree(company: Company, client: int, other: int, ours: X25519PrivateKey, th
     return (both[:32], both[32:]) if client == low else (both[32:], both[:32])
 
 
-def dealt_rows(company: Company, client: int, known: Iterable[int], data: Array) -> dict[int, bytes]:
+def dealt_rows(company: Company, client: int, known: Container[int], data: Array) -> dict[int, bytes]:
     """At the coordinator: what a client has sealed to whom. Raises ValueError."""
     near = company.neighbourhood(client)
     rows = rows_of(near, data)
-    if rows.keys() != set(near).intersection(known) - {client}:  # else masks would not cancel
+    if rows.keys() != {j for j in near if j in known and j != client}:  # else masks would not cancel
         raise ValueError("shares for others than those whose keys it has")
     return rows
 

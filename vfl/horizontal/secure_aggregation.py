@@ -281,8 +281,8 @@ def aggregate(
 
     owed: what late clients of earlier attempts still owe; those of this one are entered. Nobody in it may take part.
     seconds: the deadline of each of the five steps, for all clients together. course: to be told how it goes: once
-    clients may have opened the sum, they open no other of that round. begun: the attempt of this
-    company for which keys came ahead, all of whose shares have been shown; None: keys and shares are exchanged now.
+    clients may have opened the sum, they open no other of that round. begun: where keys came ahead, what has been dealt
+    with them, all of which has been shown; None: keys and shares are exchanged now.
 
     Reveals:
         To us: the sum over the survivors, who they are, and which clients dropped out at which step.
@@ -298,7 +298,7 @@ def aggregate(
     attempt = Attempt(channels, context, owed, seconds, course.lost, range(n) if begun is None else begun.sealed)
     if begun is None:
         shown = attempt.gather(KeyOffer, _offered(context, identities))
-        attempt.tell(KeyList, lambda u: table(near[u], {j: raw for j, raw in shown.items() if j in near[u]}, 160))
+        attempt.tell(KeyList, lambda u: table(near[u], shown, KeyList.width))
         known = {client: Offer.of(raw) for client, raw in shown.items()}
         sealed = attempt.gather(SealedShares, lambda client, data: dealt_rows(context, client, known, data))
         attempt.tell(ShareList, lambda u: share_table(context, u, sealed))

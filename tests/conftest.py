@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import hypothesis
 import msgspec
 import pytest
 
@@ -22,6 +23,9 @@ from parties.agreement import Agreement
 from parties.identity import Identity
 from parties.memory import make_agreement
 from vfl.encryption.paillier import SecretKey, generate
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 NAMES = ("bank", "grocer", "mill", "press")
 

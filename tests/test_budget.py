@@ -128,7 +128,7 @@ limits = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(offers, limits)
 def test_any_sequence_of_runs_counts_as_plain_sets_do(offers: list[Offer], limits: Limits) -> None:
     history: list[Offer] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -27,7 +27,6 @@ def expected_bytes(text, size):
     return 4 * -(-size // 1024) + (size if text == "8bit" else -(-size // 2))
 
 
-@settings(deadline=None)
 @given(updates, forms)
 def test_length_and_error(update, text):
     how, size = compressor(text), len(update)
@@ -56,7 +55,6 @@ def test_rounding_has_no_bias(bits):
     assert np.abs(many - update).max() < step * (1 + 1e-6)
 
 
-@settings(deadline=None)
 @given(forms, st.integers(1, 1500), st.integers(0, 2**32))
 def test_what_is_left_out_comes_later(text, size, seed):
     """After any number of rounds, what was sent and what is remembered are together what was to be sent."""

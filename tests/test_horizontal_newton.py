@@ -211,7 +211,7 @@ def test_separable_rows_without_penalty_stop_at_the_last_round():
     assert np.isfinite(state["weights"]).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(["logistic", "multinomial", "linear", "poisson"]), st.booleans(), st.integers(0, 2**32))
 def test_a_contribution_holds_the_derivatives(family, intercept, seed):
     generator = np.random.default_rng(seed)
@@ -268,7 +268,6 @@ def standardise(parts):
     return scaler(mean, sum(column_sums(part, mean) for part in parts))
 
 
-@settings(deadline=None)
 @given(
     arrays(np.float64, st.tuples(st.integers(1, 30), st.integers(1, 4)), elements=st.floats(-1e3, 1e3)),
     st.lists(st.integers(0, 30), max_size=3),

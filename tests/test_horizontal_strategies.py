@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import approx_fprime
 from scipy.special import expit
@@ -290,7 +290,6 @@ def test_dropout_keeps_whole_columns_as_many_as_agreed(features, outputs, keep, 
     assert (mask == kept(columns, keep, (seed, 3))).all()
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["logistic", "multinomial", "squared", "poisson"]), st.booleans(), st.integers(0, 2**32))
 def test_losses_and_their_gradients(loss, intercept, seed):
     generator = np.random.default_rng(seed)

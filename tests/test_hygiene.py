@@ -67,7 +67,7 @@ def expected(values, known) -> dict[str, int]:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(one_cell, max_size=12), st.sampled_from(RULES), st.integers(1, 5), st.integers(1, 5))
 def test_a_field_against_pandas(values, known, cut, rows_at_a_time):
     column = chunked(values, cut=cut)
@@ -83,7 +83,7 @@ def test_a_field_against_pandas(values, known, cut, rows_at_a_time):
     assert one.accepted == got.keys[0].usable == got.rows - got.keyless
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_keys_against_pandas(data):
     names = ["a", "b", "c"]
@@ -109,7 +109,7 @@ def test_keys_against_pandas(data):
     assert got.keyless == keyless.sum()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(one_cell, max_size=12), st.sampled_from(RULES))
 def test_it_foretells_what_takes_part(values, known):
     agreed, columns = Identifiers(fields={"id": known}), {"id": chunked(values)}

@@ -201,7 +201,7 @@ def test_equal_numbers_stay_together_and_two_values_are_two_bins(rare):
     assert pd.crosstab(ours, column).to_numpy().tolist() == [[ROWS - rare, 0], [0, rare]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 9), min_size=40, max_size=120), st.integers(2, 8))
 def test_bins_of_few_rows_join_their_neighbours(numbers, bins):
     column = np.r_[numbers, 0, 9].astype(float)

@@ -98,7 +98,7 @@ def shapes(draw: Any) -> tuple[np.ndarray, np.ndarray, int]:
     return x, r, parts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes())
 def test_the_whole_conversation_equals_exact_integers(drawn):
     x, r, parts = drawn
@@ -108,7 +108,7 @@ def test_the_whole_conversation_equals_exact_integers(drawn):
     assert (got == exchange.expected()).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_layout_gives_the_same_sums(data):
     rows, columns, width = (data.draw(st.integers(1, top)) for top in (50, 5, 3))
@@ -299,7 +299,6 @@ def test_more_sums_than_the_flood_hides_are_refused():
 # How many numbers a key opens
 
 
-@settings(deadline=None)
 @given(st.integers(1, 10**6), st.integers(1, 300), st.integers(1, 5), st.integers(1, 8), st.sampled_from([1, 32, 500]))
 def test_no_key_opens_more_numbers_than_agreed(rows, columns, width, parts, numbers):
     some, residuals = passes(rows, columns, width, parts, numbers)

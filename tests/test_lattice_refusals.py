@@ -89,7 +89,7 @@ def flipped(data: np.ndarray, row: int, byte: int, bit: int) -> np.ndarray:
 NOTICED = r"more noise than an honest one|no residues"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, SEALED_BYTES - 1), st.integers(0, 7), st.booleans())
 def test_a_flipped_bit_in_what_is_sealed_is_seen_in_the_noise(byte, bit, zero):
     """Ciphertexts are transforms: one residue moves every coefficient. 8 sums: missed once in 10^8."""
@@ -106,7 +106,7 @@ def test_a_flipped_bit_in_what_is_sealed_is_seen_in_the_noise(byte, bit, zero):
         exchange.public = public
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, REPLY_PRIMES - 1), st.integers(0, DEGREE - 1), st.integers(0, 23))
 def test_a_flipped_bit_in_what_hides_a_reply_is_noticed_at_one_end_or_the_other(prime, place, bit):
     """It reaches the sums at whose distance the ternary secret is not 0: of 8, none once in 6,561."""
@@ -119,7 +119,7 @@ def test_a_flipped_bit_in_what_hides_a_reply_is_noticed_at_one_end_or_the_other(
             weigher.open(HONEST.opened(replies))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, REPLY_PRIMES - 1), st.integers(0, 1000), st.integers(0, 23))
 def test_a_flipped_bit_in_a_sum_is_noticed_at_one_end_or_the_other(prime, place, bit):
     """9 of 10 by the label holder's limit, the others by the range of sums; where no sum is, nothing changes."""
@@ -202,7 +202,7 @@ def wires(draw: Any, rows: int, width: int) -> np.ndarray:
     return data.astype(draw(st.sampled_from([np.uint8, np.uint8, np.uint8, np.int8, np.uint16])))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_nothing_but_value_errors_comes_out_of_the_decoders(data):
     exchange, layout = HONEST, HONEST.layout

@@ -69,7 +69,7 @@ def oracle(u: float, v: float, size: int, squared: float, share: float, power: f
 variance = st.floats(0.05, 20)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(variance, variance, st.integers(1, 12), variance, st.floats(0.03, 0.97), variance)
 def test_no_noise_of_that_power_makes_the_classes_more_alike(u, v, size, squared, share, power):
     chosen = optimal_noise(u, v, size, squared, share, power)

@@ -105,7 +105,7 @@ def test_regression_and_poisson_figures_by_definition() -> None:
     assert measure("poisson", y, mean) == (pytest.approx({"d2": d2, "deviance": deviance(mean)}, rel=1e-12), {})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labelled())
 def test_ks_is_the_largest_distance_between_the_distributions(drawn: tuple[Any, Any]) -> None:
     y, scores = drawn
@@ -114,7 +114,7 @@ def test_ks_is_the_largest_distance_between_the_distributions(drawn: tuple[Any, 
     assert FIGURES["binary"]["ks"].compute(y, scores, 0.5) == pytest.approx(largest, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labelled(), st.sampled_from([0.1, 0.25, 1.0]))
 def test_lift_counts_tied_rows_by_their_mean(drawn: tuple[Any, Any], share: float) -> None:
     y, scores = drawn
@@ -124,7 +124,7 @@ def test_lift_counts_tied_rows_by_their_mean(drawn: tuple[Any, Any], share: floa
     assert lift(y, scores, share) == pytest.approx(found / y.sum() / share, rel=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labelled())
 def test_calibration_error_over_pieces_of_equal_scores(drawn: tuple[Any, Any]) -> None:
     y, scores = drawn
@@ -134,7 +134,7 @@ def test_calibration_error_over_pieces_of_equal_scores(drawn: tuple[Any, Any]) -
     assert calibration_error(y, scores) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(hnp.arrays(np.int64, st.integers(10, 400), elements=st.integers(0, 10**4)), st.sampled_from([1, 100, 10**4]))
 def test_pieces_are_of_ten_rows_or_more_and_never_split_equals(numbers: Any, levels: int) -> None:
     ranked = np.sort(numbers % levels)[::-1].astype(float)
@@ -150,7 +150,7 @@ def test_pieces_are_of_ten_rows_or_more_and_never_split_equals(numbers: Any, lev
 # ---- curves
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labelled())
 def test_curves_are_scikit_learns_at_fewer_points(drawn: tuple[Any, Any]) -> None:
     y, scores = drawn
@@ -169,7 +169,7 @@ def test_curves_are_scikit_learns_at_fewer_points(drawn: tuple[Any, Any]) -> Non
     assert [x for x, _ in curves["deciles"]] == sorted((x for x, _ in curves["deciles"]), reverse=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labelled())
 def test_curves_of_one_model_together_never_step_over_fewer_than_ten_rows(drawn: tuple[Any, Any]) -> None:
     y, scores = drawn

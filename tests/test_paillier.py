@@ -143,7 +143,7 @@ def weigh(secret, x, r, bound=BOUND, width=1, **options):
     return weigher.open(secret.open(weigher.finish()))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_weighing_equals_exact_integers(secret, data):
     rows, columns, width = (data.draw(st.integers(*limits)) for limits in ((0, 12), (1, 9), (1, 2)))

@@ -118,7 +118,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(MESSAGES),
     st.dictionaries(st.integers(0, 10), VALUES, max_size=3),

@@ -18,7 +18,7 @@ specs = (
 )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(specs, st.integers(1, 20), st.integers(0, 200), st.integers(0, 2**32))
 def test_every_row_goes_to_exactly_one_client(text, clients, extra, seed):
     y = np.random.default_rng(seed).integers(0, 4, 80 + extra)

@@ -249,7 +249,7 @@ def test_no_columns_at_all():
 values = st.lists(st.none() | st.floats(-1e6, 1e6, allow_subnormal=False), min_size=2, max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values, st.sampled_from(["mean", "median"]), st.booleans())
 def test_any_column_of_numbers(column, strategy, standardise):
     frame = pd.DataFrame({"x": pd.array(column, dtype="Float64")})
@@ -488,7 +488,7 @@ def test_a_number_that_is_none_is_refused(number, tmp_path):
         parse_json(path, FittedColumns, "the model share")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, len(SAVED) - 1), st.binary(max_size=3), st.integers(0, 3))
 def test_a_damaged_file_is_refused_or_prepares_finite_numbers(at, inserted, removed):
     try:

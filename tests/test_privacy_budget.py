@@ -67,7 +67,7 @@ def test_a_purpose_has_a_budget_of_its_own(budget: PrivacyBudget) -> None:
         charge(budget, Cost(epsilon=1.0), purpose="stroke")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.floats(0.01, 0.6), min_size=1, max_size=12))
 def test_no_series_of_charges_exceeds_the_budget(tmp_path_factory: pytest.TempPathFactory, mus: list[float]) -> None:
     budget, granted = PrivacyBudget(tmp_path_factory.mktemp("budget") / "p.json", OWNER), 0.0

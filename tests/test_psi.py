@@ -103,7 +103,7 @@ def test_where_the_agreement_has_no_minimum_nothing_in_common_is_an_empty_join(e
     assert [result.rows.tolist() for result in found.values()] == [[]] * count
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(2, 4).flatmap(lambda k: st.lists(st.lists(spelt, unique=True, max_size=12), min_size=k, max_size=k)))
 def test_any_text_is_an_id(lists: list[list[str]]) -> None:
     shared = ["shared", "é" * 3]  # so that the intersection is never below the minimum

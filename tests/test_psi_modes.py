@@ -53,7 +53,7 @@ def ran(tables: Sequence[Columns], agreed: Agreed, policies: Sequence[dict[str, 
     return list(play(roles, agreement, identities=parties(len(tables))).values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_mode_finds_the_plain_join(data: st.DataObject) -> None:
     """Customers are numbers, written in as many ways as their rule knows; repeated ones follow each party's policy."""
@@ -125,7 +125,7 @@ def cascade_by_pandas(tables: Sequence[pd.DataFrame], keys: Sequence[Sequence[st
 value = st.sampled_from([None, "a", "b", "c", "d"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(2, 3).flatmap(
         lambda k: st.lists(st.lists(st.tuples(value, value, value), max_size=9), min_size=k, max_size=k)

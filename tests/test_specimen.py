@@ -165,7 +165,7 @@ def test_a_plain_join_finds_the_common_rows(name, parties):
         assert len(canonical(table, agreed)) == common + own
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_random_agreements(data):
     names = data.draw(st.lists(st.sampled_from("abcde"), min_size=1, max_size=5, unique=True))

@@ -34,7 +34,7 @@ from parties.files import Scratch
 from parties.tables import Source, Table, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
-relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+relaxed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def written(folder: Path, content: Any, name: str = "") -> Path:

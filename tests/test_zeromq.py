@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import zmq
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from parties import curve
@@ -604,7 +604,6 @@ def test_a_peer_that_ignores_the_window() -> None:
     ),
     st.binary(max_size=80),
 )
-@settings(deadline=None)
 def test_no_frame_breaks_the_books(frames: list[tuple[int, int, int, int, bytes]], noise: bytes) -> None:
     books = Delivery("grocer", 2 * PIECE)
     for kind, number, length, header, rest in frames:

@@ -1,7 +1,7 @@
 """Typed messages <-> two frames: a small msgpack header, then one raw little-endian buffer.
 
-The wire never names a class: a kind is a number in a closed registry, and a receiver says which one it expects. Nothing
-is read from the buffer before the header has been checked against it.
+The wire never names a class: a kind is a number in a closed registry, and a receiver says which one it expects, or one
+from which it is derived. Nothing is read from the buffer before the header has been checked against it.
 """
 
 from __future__ import annotations

@@ -996,7 +996,9 @@ def test_a_client_that_offers_forged_keys_is_named_and_left_out(
         return forge(company, shown) if me.name == "c1" else masking.sign_offer(company, me, shown)
 
     monkeypatch.setattr(secure_aggregation, "sign_offer", sign)
-    named_and_left_out(Table(own(), {name: Toy() for name in NAMES}).run())
+    table = Table(own(), {name: Toy() for name in NAMES})
+    named_and_left_out(table.run())
+    assert isinstance(table.outcomes["c1"], PeerAborted)
 
 
 def named_and_left_out(outcome: Any) -> None:

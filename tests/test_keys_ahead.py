@@ -350,3 +350,15 @@ def test_a_self_mask_that_is_not_the_one_that_was_signed_is_noticed():
     star.outcomes["c01"] = replace(star.outcomes["c01"], ahead=(ahead, Keys(drawn, own.shown)))
     result = next_sum(star, first.ahead, inputs())
     assert isinstance(result, ProtocolViolation) and result.peer == "c01" and "committed" in str(result)
+
+
+def test_a_commitment_is_for_one_sum(monkeypatch):
+    plain = Keys.draw
+
+    def draw(origin: bytes, name: str, seed: bytes | None = None) -> Keys:
+        return plain(bytes(32) if name == "c01" and origin == context().full_digest else origin, name, seed)
+
+    monkeypatch.setattr(Keys, "draw", draw)
+    star, first = first_sum()
+    result = next_sum(star, first.ahead, inputs())
+    assert isinstance(result, ProtocolViolation) and result.peer == "c01" and "committed" in str(result)

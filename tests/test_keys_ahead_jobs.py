@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +13,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parties.errors import LocalError, ProtocolViolation
+from parties.channel import Channel
+from parties.errors import LocalError, PeerLost, ProtocolViolation
 from parties.horizontal import Clients
 from parties.memory import Tamper
-from tests.test_horizontal_rounds import DOZEN, NAMES, Table, Toy, cheat, named_and_left_out, openly, own, stored, task
+from parties.message import decode, encode, parse_header
+from tests.test_horizontal_rounds import (
+    DOZEN,
+    NAMES,
+    PUBLIC,
+    Table,
+    Toy,
+    begin,
+    cheat,
+    named_and_left_out,
+    openly,
+    own,
+    stored,
+    task,
+)
 from tests.training import altering, with_data, with_fields
-from vfl.horizontal.round_messages import DECLINED, Ready, ReadyWithShares, Turn, TurnWithShares
+from vfl.horizontal.messages import MaskedInput
+from vfl.horizontal.round_messages import DECLINED, Ready, ReadyWithShares, Task, Turn, TurnWithShares
+from vfl.horizontal.secure_aggregation import Ahead
+from vfl.horizontal.star import Star
 
 
 @pytest.mark.parametrize(
@@ -83,6 +102,54 @@ def test_a_coordinator_that_spoils_the_turn_of_a_sum_that_is_begun_is_refused(da
     outcome = table.run()
     assert text in str(table.outcomes["c1"]) and "MaskedInput" not in table.kinds["c1", "hub"][9:]
     assert [one.clients for one in outcome.rounds] == [("c0", "c2", "c3")] * 4
+
+
+def test_keys_with_which_shares_were_dealt_in_vain_are_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that tells all that they are left out once they have dealt, and asks them again in the next round:
+    their masks would be the same in two sums."""
+    kept: list[Ahead | None] = []
+    collect, add = Star.collect, Star._add_masked
+
+    def asks(star: Star, task: Task, names: Any) -> Any:
+        if task.stage == "train":
+            kept.append(star.ahead)
+            star.ahead = kept[0]
+        return collect(star, task, names)
+
+    def leaves_out(star: Star, until: float) -> Any:
+        if star.task.stage != "train" or star.task.round:
+            return add(star, until)
+        assert star.task.again and len(star.waiting) == 4
+        return np.ones(star.job.length("train", 0)), (), 0
+
+    monkeypatch.setattr(Star, "collect", asks)
+    monkeypatch.setattr(Star, "_add_masked", leaves_out)
+    table = Table(own(rounds=2), {name: Toy() for name in NAMES})
+    assert isinstance(table.run(), PeerLost) and kept[0] is not None
+    for outcome in table.outcomes.values():
+        assert isinstance(outcome, ProtocolViolation) and "signed a sum before, and we have not" in str(outcome)
+
+
+def test_shares_in_a_sum_in_clear_are_refused() -> None:
+    def insists(hub: Channel) -> None:
+        begin(hub)
+        hub.send(TurnWithShares(0, 0, np.zeros((4, 80), np.uint8), "add", 2.0**24))
+
+    for settings in (own(), openly()):
+        error = cheat(insists, settings)
+        assert isinstance(error, ProtocolViolation) and "for which we have dealt none" in str(error)
+
+
+def test_a_message_goes_for_the_kind_from_which_it_is_derived_and_for_no_other() -> None:
+    shares = ReadyWithShares(0, 0, np.zeros(81, np.uint8))
+    head, data = encode(shares, bytes(32), bytes(16), bytes(16), 0)
+    found = decode(parse_header(head), bytes(data), Ready)
+    assert isinstance(found, ReadyWithShares) and found.shares.shape == (1, 80)
+    with pytest.raises(ValueError, match="sent ReadyWithShares where Turn is due"):
+        decode(parse_header(head), bytes(data), Turn)
+    head, data = encode(Ready(0, 0, np.zeros(1, np.uint8)), bytes(32), bytes(16), bytes(16), 0)
+    with pytest.raises(ValueError, match="sent Ready where ReadyWithShares is due"):
+        decode(parse_header(head), bytes(data), ReadyWithShares)
 
 
 def test_a_coordinator_that_asks_again_who_has_signed_nothing_is_refused() -> None:
@@ -193,3 +260,69 @@ def test_no_fewer_clients_may_drop_out_than_if_keys_were_exchanged(dies: int) ->
     left = ("c0", "c1", "c2") if dies < 16 else NAMES
     assert outcome.rounds[1].clients == left and "hub" in outcome.rounds[1].missing
     assert offered(table) == [2, 0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("quorum", [3, 4])
+def test_who_was_killed_and_is_back_between_two_sums_is_not_asked_for_keys_that_it_has_lost(
+    quorum: int, tmp_path: Path
+) -> None:
+    settings = own(clients=Clients(quorum=quorum, deadline=3.0))
+    dies = {"c1": 7}  # its score, after the sum of rows
+    table = Table(settings, {name: Toy() for name in NAMES}, dies=dies, again={"c1": -1}, **stored(tmp_path))
+    outcome = table.run()
+    assert outcome.gone == () and offered(table)[1] == 2 and isinstance(table.outcomes["c1"].weights, np.ndarray)
+
+
+def test_a_second_attempt_exchanges_keys_also_when_nobody_was_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four are needed, and one is late with its masked input."""
+    plain = Channel.send
+
+    def send(channel: Channel, message: Any, timeout: float | None = None) -> None:
+        late = isinstance(message, MaskedInput) and (message.round, message.attempt) == (2, 0)
+        if late and channel._our_id == PUBLIC["c1"].key_id:
+            time.sleep(0.8)
+        plain(channel, message, timeout)
+
+    monkeypatch.setattr(Channel, "send", send)
+    table = Table(own(clients=Clients(quorum=4, deadline=0.5)), {name: Toy() for name in NAMES})
+    outcome = table.run()
+    assert [one.attempts for one in outcome.rounds] == [2, 1, 1, 1] and offered(table) == [2, 2, 0, 0, 0]
+    np.testing.assert_allclose(outcome.weights, 4.0)
+
+
+def test_who_has_dealt_and_is_gone_before_its_turn_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came back with another table, say."""
+    plain = Star._roll
+
+    def roll(star: Star, until: float, have: Sequence[str] = ()) -> list[str]:
+        if star.task.number == 2:
+            star.gone["c1"] = "came back with another table"
+        return plain(star, until, have)
+
+    monkeypatch.setattr(Star, "_roll", roll)
+    table = Table(own(), {name: Toy() for name in NAMES})
+    outcome = table.run()
+    assert [one.clients for one in outcome.rounds] == [("c0", "c2", "c3")] * 4
+    assert offered(table) == [2, 2, 0, 0, 0] and "MaskedInput" not in table.kinds["c1", "hub"][9:]
+
+
+def test_a_client_that_is_gone_before_the_task_is_not_asked_again() -> None:
+    table = Table(own(clients=Clients(deadline=2.0)), {name: Toy() for name in NAMES}, dies={"c1": 7})
+    table.run()
+    assert offered(table) == [2, 2, 0, 0, 0]
+
+
+def test_a_coordinator_that_stops_its_own_client_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, threads = Star._note, []
+    monkeypatch.setattr(threading, "excepthook", threads.append)
+
+    def note(star: Star, name: str, ready: Ready) -> None:
+        if name == "hub" and star.task.number == 2:
+            raise ValueError("it breaks the protocol")
+        plain(star, name, ready)
+
+    monkeypatch.setattr(Star, "_note", note)
+    hub = {"own": None, "model": Toy()}
+    outcome = Table(own(clients=Clients(deadline=2.0)), {name: Toy() for name in NAMES}, hub=hub).run()
+    assert outcome.gone == ("hub",) and [one.clients for one in outcome.rounds] == [NAMES] * 4
+    assert not threads

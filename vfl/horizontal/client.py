@@ -240,6 +240,8 @@ class _End:
             with blame(self.channel.peer):
                 if opened or turn.attempt <= last:  # two sums of a round would tell their difference
                     raise ValueError("a turn that it has given before, or one after a sum that may be open")
+                if isinstance(turn, TurnWithShares) and dealt is None:
+                    raise ValueError("shares for an attempt for which we have dealt none")
             if noisy and last >= 0:
                 self.spending.charge(task.round)
             last = turn.attempt
@@ -279,12 +281,10 @@ class _End:
         settings = self.trainer.job.settings
         if settings.secure:
             with blame(self.channel.peer):
-                if not isinstance(turn, TurnWithShares):
-                    company, given = self._company(task, turn.attempt, turn.names), None
-                elif dealt is None:
-                    raise ValueError("shares for an attempt for which we have dealt none")
-                else:
+                if dealt is not None and isinstance(turn, TurnWithShares):
                     company, given = dealt.company, (dealt, turn.data)
+                else:
+                    company, given = self._company(task, turn.attempt, turn.names), None
                 context = company.within(turn.bound)
             terms = (self.channel, self.me, self.identities, context, message, self.used)
             outcome = contribute(*terms, before_signing=partial(self.sign, task), dealt=given)

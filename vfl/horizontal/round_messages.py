@@ -58,7 +58,7 @@ class Admission(Message):
 class Task(Message):
     """C -> u: what to compute. `number` counts the sums of a session, `round` those of training; clients and rows are
     of all together, once known; data: the scaler's means and variances, if any, then the strategy's vectors. again:
-    just those are asked who signed the former secure sum, all of whom have unmasked it."""
+    just those are asked who signed the former secure sum, and all of them have unmasked it."""
 
     number: int
     round: int

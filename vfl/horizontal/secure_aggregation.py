@@ -23,7 +23,7 @@ drops it unread and the client may be asked again. One that never sends it stays
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -113,10 +113,6 @@ class Begun:
         """A client's shares, (clients, 80). Raises ValueError: for others than the company."""
         client = self.company.names.index(name)
         self.sealed[client] = dealt_rows(self.company, client, range(len(self.offers)), data)
-
-    def keep(self, names: Collection[str]) -> None:
-        """Go on with these only, all of whom have dealt."""
-        self.sealed = {client: rows for client, rows in self.sealed.items() if self.company.names[client] in names}
 
     def shown(self, name: str) -> Array:
         """What the others have dealt to a client, (clients, 80)."""
@@ -280,9 +276,9 @@ def aggregate(
     """At the coordinator: the sum of the values (size,) of the clients that stay.
 
     owed: what late clients of earlier attempts still owe; those of this one are entered. Nobody in it may take part.
-    seconds: the deadline of each of the five steps, for all clients together. course: to be told how it goes: once
-    clients may have opened the sum, they open no other of that round. begun: where keys came ahead, what has been dealt
-    with them, all of which has been shown; None: keys and shares are exchanged now.
+    seconds: the deadline of each step, for all clients together. course: to be told how it goes: once clients may have
+    opened the sum, they open no other of that round. begun: where keys came ahead, what has been dealt with them, all
+    of which has been shown; None: keys and shares are exchanged now.
 
     Reveals:
         To us: the sum over the survivors, who they are, and which clients dropped out at which step.

@@ -285,10 +285,9 @@ class Star:
             roll = tuple(self._roll(until))
             begun, self.begun, course, bound = self.begun, None, Course(), self._bound(roll)
             company, number = self._company(attempt, roll), self.task.number
-            if begun is not None and begun.company.threshold > company.threshold:
-                begun = None  # with fresh keys more may drop out
+            if begun is not None and (begun.company.threshold > company.threshold or len(begun.sealed) > len(roll)):
+                begun = None  # with fresh keys more may drop out, or nobody waits for who has dealt and is gone
             if begun is not None:
-                begun.keep(roll)
                 company = begun.company
             for name in roll:
                 turn = Turn.of(number, attempt, "add", bound, roll)

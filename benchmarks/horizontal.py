@@ -38,7 +38,7 @@ from parties.memory import links
 from parties.message import CLASSES
 from parties.party_file import Party
 from parties.workers import Workers
-from vfl.horizontal.context import Context, Quantisation
+from vfl.horizontal.context import Company
 from vfl.horizontal.secure_aggregation import aggregate, contribute
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ def secure_sum(clients: int, size: int, dropped: int) -> dict[str, float]:
     keys = {name: Identity.generate(name) for name in ("hub", *names)}
     public = {name: key.public for name, key in keys.items()}
     mesh, session = links(["hub", *names]), bytes(32)
-    context = Context(session, 0, 0, names, clients // 2 + 1, Quantisation.finest(2.0**24, clients))
+    context = Company(session, 0, 0, names, clients // 2 + 1).within(2.0**24)
     values = np.random.default_rng(0).normal(size=size)
 
     def channel(me: str, peer: str) -> Channel:

@@ -89,7 +89,7 @@ def of_horizontal(found: dict[str, Any]) -> list[Row]:
         "over_flower": "the same, 10 x 10, Flower's time / ours",
         "over_flower_100": "the same, 100 x 5, Flower's time / ours",
         "rss_mb": "the same, 10 x 10, memory, MB",
-        "round_overhead_ms": "a round over sockets, 10 processes, ms",
+        "round_overhead_ms": "a round over sockets, 10 clients and a coordinator, ms",
         "simulate_1000_seconds": "1,000 clients x 20 rounds, seconds",
     }
     rows = []

@@ -5,8 +5,8 @@ Client u draws a mask key and a self mask b_u and sends
     y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)   modulo 2^64,
 
 s_uv the Diffie-Hellman secret of u's and v's mask keys (Bonawitz et al., Practical Secure Aggregation for
-Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the sum through HKDF and is used
-for one stream or one ciphertext only, which is why nonces are zero. What a client offers is signed for that sum and
+Privacy-Preserving Machine Learning, CCS 2017, section 4). Every key is bound to the sum through HKDF and is used for
+one stream or one ciphertext only, which is why nonces are zero. What a client offers is signed for that sum and
 attempt, or, together with the survivors of a sum, for the first attempt at the next one.
 """
 

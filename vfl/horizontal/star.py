@@ -289,11 +289,10 @@ class Star:
                 begun = None  # with fresh keys more may drop out, or nobody waits for who has dealt and is gone
             if begun is not None:
                 company = begun.company
+            plain = Turn.of(number, attempt, "add", bound, roll)  # the same to all
             for name in roll:
-                turn = Turn.of(number, attempt, "add", bound, roll)
-                if begun is not None:
-                    turn = TurnWithShares(number, attempt, begun.shown(name), "add", bound)
-                self._say(name, turn)
+                shown = None if begun is None else begun.shown(name)
+                self._say(name, plain if shown is None else TurnWithShares(number, attempt, shown, "add", bound))
             context, deadline = company.within(bound), clients.deadline
             try:
                 done = aggregate(self.channels, self.identities, context, length, self.owed, deadline, course, begun)
